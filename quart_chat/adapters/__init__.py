@@ -1,0 +1,229 @@
+"""Settings become adapters, each imported only when it is configured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import ProviderSettings, Settings
+from ..core.models import Source
+from ..core.ports import Archive, Authenticator, EventLog, Storage
+from ..core.tools import Tools
+from ..errors import ConfigurationError
+from .catalogue import CATALOGUE
+from .openai import Endpoint, OpenAIProvider
+
+__all__ = [
+    "Stores",
+    "authenticator",
+    "connect_tools",
+    "fetch_local_model",
+    "known_providers",
+    "local_model_is_there",
+    "sources",
+    "stores",
+    "uses_local_model",
+]
+
+LOCAL = "local"
+LOCAL_KEY = "not needed"
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where conversations and events are kept."""
+
+    storage: Storage
+    archive: Archive
+    log: EventLog
+
+
+async def stores(settings: Settings, stack: AsyncExitStack) -> Stores:
+    """Open the storage and the event log; the stack closes them.
+
+    Raises:
+        ConfigurationError: The database can not be opened.
+    """
+    if settings.storage == "memory":
+        from .memory import MemoryEventLog, MemoryStorage
+
+        memory = MemoryStorage()
+        return Stores(memory, memory, MemoryEventLog(settings.event_retention))
+    from .database.connection import Database
+    from .database.event_log import DatabaseEventLog
+    from .database.storage import DatabaseStorage
+
+    database = Database(settings.database_url)
+    await database.open(migrate=settings.migrate)
+    stack.push_async_callback(database.close)
+    log = DatabaseEventLog(database, settings.event_retention)
+    log.start()
+    stack.push_async_callback(log.close)
+    storage = DatabaseStorage(database)
+    return Stores(storage, storage, log)
+
+
+def known_providers() -> dict[str, str]:
+    """Every provider that could be configured, and how."""
+    return {name: entry.hint for name, entry in CATALOGUE.items()} | {
+        LOCAL: "Install it with: pip install 'quart-chat[local]'."
+    }
+
+
+def sources(settings: Settings, stack: AsyncExitStack) -> list[Source]:
+    """The configured providers, in order of preference; the local model where there is no other.
+
+    Raises:
+        ConfigurationError: ``CHAT_LOCAL_MODEL`` or ``CHAT_DEFAULT_PROVIDER`` can not be had.
+    """
+    found = [_configured(name, given, stack) for name, given in settings.providers.items()]
+    names = {source.name for source in found}
+    found += [
+        _source(name, endpoint, entry.default_model, (), stack)
+        for name, entry in CATALOGUE.items()
+        if name not in names and (endpoint := _ready_made(name, os.environ)) is not None
+    ]
+    order = [*settings.providers, *CATALOGUE]
+    found.sort(key=lambda source: order.index(source.name))
+    wanted = settings.local_model is not None or settings.default_provider == LOCAL
+    if LOCAL not in settings.providers and (wanted or not found):
+        found += _local(settings, stack, required=wanted)
+    default = settings.default_provider
+    if default is not None and default not in {source.name for source in found}:
+        choices = ", ".join(source.name for source in found) or "none"
+        hint = known_providers().get(default, "Describe it in CHAT_PROVIDERS.")
+        raise ConfigurationError(
+            f"CHAT_DEFAULT_PROVIDER: {default!r} is not configured ({choices} are). {hint}"
+        )
+    return found
+
+
+def _configured(name: str, given: ProviderSettings, stack: AsyncExitStack) -> Source:
+    entry = CATALOGUE.get(name)
+    base_url = given.base_url or (entry.base_url if entry else None)
+    if base_url is None:
+        raise ConfigurationError(f"CHAT_PROVIDERS ({name}.base_url): a URL is required.")
+    key = given.api_key
+    variable = given.api_key_env or (entry.key if entry and given.base_url is None else None)
+    if key is None and variable is not None:
+        key = os.environ.get(variable)
+        if not key:
+            raise ConfigurationError(
+                f"CHAT_PROVIDERS ({name}): the variable {variable} is not set."
+            )
+    default = given.default_model
+    if default is None and entry is not None and not given.models:
+        default = entry.default_model
+    endpoint = Endpoint(base_url, key or LOCAL_KEY, given.reports_usage)
+    return _source(name, endpoint, default, given.models, stack)
+
+
+def _ready_made(name: str, environ: Mapping[str, str]) -> Endpoint | None:
+    entry = CATALOGUE[name]
+    key = environ.get(entry.key) if entry.key else None
+    url = environ.get(entry.url) if entry.url else None
+    if not key and not url:
+        return None
+    if entry.key and not key and name != "openai":
+        return None
+    return Endpoint(url or entry.base_url, key or LOCAL_KEY, entry.reports_usage)
+
+
+def _source(
+    name: str,
+    endpoint: Endpoint,
+    default_model: str | None,
+    models: tuple[str, ...],
+    stack: AsyncExitStack,
+) -> Source:
+    async def find() -> Endpoint:
+        return endpoint
+
+    return Source(name, _provider(name, find, stack), default_model, models)
+
+
+def _provider(
+    name: str, find: Callable[[], Awaitable[Endpoint]], stack: AsyncExitStack
+) -> OpenAIProvider:
+    provider = OpenAIProvider(name, find)
+    stack.push_async_callback(provider.close)
+    return provider
+
+
+def _local(settings: Settings, stack: AsyncExitStack, *, required: bool) -> list[Source]:
+    from .local_model import LocalModel, problem
+
+    if (why := problem(settings.local_model)) is not None:
+        if required:
+            raise ConfigurationError(why)
+        return []
+    model = LocalModel(settings.local_model)
+    stack.callback(model.close)
+
+    async def find() -> Endpoint:
+        return Endpoint(*await model.endpoint())
+
+    return [Source(LOCAL, _provider(LOCAL, find, stack), model.name)]
+
+
+def uses_local_model(settings: Settings) -> bool:
+    """Whether the local model answers here.
+
+    Raises:
+        ConfigurationError: It should, and can not; says why.
+    """
+    wanted = settings.local_model is not None or settings.default_provider == LOCAL
+    others = bool(settings.providers) or any(_ready_made(name, os.environ) for name in CATALOGUE)
+    if LOCAL in settings.providers or (others and not wanted):
+        return False
+    from .local_model import problem
+
+    if (why := problem(settings.local_model)) is not None:
+        raise ConfigurationError(why)
+    return True
+
+
+def fetch_local_model(progress: Callable[[int, int], None]) -> Path:
+    """Fetch the default local model into the user's cache; see ``local_model.fetch``."""
+    from .local_model import fetch
+
+    return fetch(progress)
+
+
+def local_model_is_there() -> bool:
+    """Whether the default local model is in the user's cache."""
+    from .local_model import MODEL_BYTES, cached_model
+
+    path = cached_model()
+    return path.exists() and path.stat().st_size == MODEL_BYTES
+
+
+async def authenticator(settings: Settings, stack: AsyncExitStack) -> Authenticator | None:
+    """Who knows the tokens, or None where nobody is asked for one."""
+    if settings.auth == "local":
+        return None
+    from .supabase import SupabaseAuthenticator
+
+    assert settings.supabase_url is not None
+    assert settings.supabase_key is not None
+    found = SupabaseAuthenticator(
+        settings.supabase_url, settings.supabase_key, settings.supabase_audience
+    )
+    await found.open()
+    stack.push_async_callback(found.close)
+    return found
+
+
+async def connect_tools(settings: Settings, tools: Tools, stack: AsyncExitStack) -> None:
+    """Register the tools of the configured MCP servers, and keep connected to them."""
+    if not settings.mcp_servers:
+        return
+    from .mcp import MCPTools
+
+    for name, server in settings.mcp_servers.items():
+        source = MCPTools(name, server, tools)
+        await source.open()
+        stack.push_async_callback(source.close)

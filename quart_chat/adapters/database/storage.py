@@ -1,0 +1,470 @@
+"""Threads and messages in SQLite or PostgreSQL; also their archive."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from ...core.messages import Content, Message, Thread, ToolCall, now, rfc3339, text_of, title_from
+from ...core.ports import Window
+from ...errors import IdConflict, NotFound
+from .connection import Database, inside
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EXPORT_PAGE = 500
+
+MESSAGE_COLUMNS = (
+    "user_id, thread_id, id, position, branch, lineage, parent_id, run_id, role, text, parts, "
+    "reasoning, tool_calls, tool_call_id, name, model, provider, status, token_usage, feedback, "
+    "metadata, options, created_at"
+)
+INSERT_MESSAGE = (
+    f"INSERT INTO chat_messages ({MESSAGE_COLUMNS}) "
+    f"VALUES ({', '.join('?' * len(MESSAGE_COLUMNS.split(', ')))}) "
+    "ON CONFLICT (user_id, thread_id, id) DO NOTHING RETURNING row_id"
+)
+
+
+def micros(moment: datetime) -> int:
+    """Microseconds since 1970."""
+    return (moment - EPOCH) // timedelta(microseconds=1)
+
+
+def _moment(value: int) -> datetime:
+    return EPOCH + timedelta(microseconds=value)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _load(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
+
+
+def _thread(row: Mapping[str, Any]) -> Thread:
+    return Thread(
+        id=row["id"],
+        title=row["title"] if row["title"] is not None else row["preview"],
+        metadata=_load(row["metadata"]),
+        message_count=row["message_count"],
+        created_at=_moment(row["created_at"]),
+        updated_at=_moment(row["updated_at"]),
+    )
+
+
+def _message(row: Mapping[str, Any]) -> Message:
+    calls = _load(row["tool_calls"]) or ()
+    return Message(
+        id=row["id"],
+        thread_id=row["thread_id"],
+        role=row["role"],
+        content=_content(row),
+        parent_id=row["parent_id"],
+        run_id=row["run_id"],
+        reasoning=row["reasoning"],
+        tool_calls=tuple(ToolCall(**call) for call in calls),
+        tool_call_id=row["tool_call_id"],
+        name=row["name"],
+        model=row["model"],
+        provider=row["provider"],
+        status=row["status"],
+        usage=_load(row["token_usage"]),
+        feedback=_load(row["feedback"]),
+        metadata=_load(row["metadata"]),
+        options=_load(row["options"]),
+        created_at=_moment(row["created_at"]),
+        position=row["position"],
+    )
+
+
+def _content(row: Mapping[str, Any]) -> Content:
+    parts: list[dict[str, Any]] | None = _load(row["parts"])
+    return str(row["text"]) if parts is None else parts
+
+
+Place = tuple[int, int, str]
+"""Where a message stands: its branch, its position, and its branch's lineage as JSON."""
+
+
+class DatabaseStorage:
+    """Keeps the conversations of all users; every statement names the user."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @inside
+    async def create_thread(self, user: str, thread: Thread) -> Thread:
+        rows = await self._database.fetch(
+            "INSERT INTO chat_threads (user_id, id, title, metadata, message_count, newest_branch, "
+            "newest_lineage, created_at, updated_at) VALUES (?, ?, ?, ?, 0, 1, '[]', ?, ?) "
+            "ON CONFLICT (user_id, id) DO NOTHING RETURNING row_id",
+            user,
+            thread.id,
+            thread.title,
+            _dump(thread.metadata),
+            micros(thread.created_at),
+            micros(thread.updated_at),
+        )
+        if not rows:
+            raise IdConflict(f"There is a thread {thread.id!r} already.")
+        return thread
+
+    @inside
+    async def threads(
+        self, user: str, *, query: str | None, after: tuple[datetime, str] | None, limit: int
+    ) -> Sequence[Thread]:
+        where: list[str] = ["t.user_id = ?"]
+        values: list[Any] = [user]
+        if query:
+            words = re.findall(r"\w+", query.casefold())
+            if not words:
+                return []
+            condition, searched = self._search(user, words)
+            where.append(condition)
+            values += searched
+        if after is not None:
+            where.append("(t.updated_at, t.id) < (?, ?)")
+            values += [micros(after[0]), after[1]]
+        rows = await self._database.fetch(
+            f"SELECT t.* FROM chat_threads t WHERE {' AND '.join(where)} "
+            "ORDER BY t.updated_at DESC, t.id DESC LIMIT ?",
+            *values,
+            limit,
+        )
+        return [_thread(row) for row in rows]
+
+    def _search(self, user: str, words: Sequence[str]) -> tuple[str, list[Any]]:
+        if self._database.is_sqlite:
+            terms = " ".join(f'"{word}" *' for word in words)
+            match = f'owner : "{user.encode().hex()}" AND body : ({terms})'
+            return (
+                "(t.row_id IN (SELECT rowid FROM chat_thread_search WHERE chat_thread_search "
+                "MATCH ?) OR t.id IN (SELECT m.thread_id FROM chat_message_search s "
+                "JOIN chat_messages m ON m.row_id = s.rowid "
+                "WHERE chat_message_search MATCH ? AND m.user_id = ?))"
+            ), [match, match, user]
+        terms = " & ".join(f"{word}:*" for word in words)
+        vector = "to_tsvector('simple', left(coalesce({}, ''), 200000)) @@ to_tsquery('simple', ?)"
+        return (
+            f"({vector.format('t.title')} OR t.id IN (SELECT m.thread_id FROM chat_messages m "
+            f"WHERE m.user_id = ? AND {vector.format('m.text')}))"
+        ), [terms, user, terms]
+
+    @inside
+    async def thread(self, user: str, thread_id: str) -> Thread:
+        return _thread(await self._thread_row(user, thread_id))
+
+    async def _thread_row(self, user: str, thread_id: str) -> dict[str, Any]:
+        rows = await self._database.fetch(
+            "SELECT * FROM chat_threads WHERE user_id = ? AND id = ?", user, thread_id
+        )
+        return _only(rows, "There is no such thread.")
+
+    @inside
+    async def update_thread(
+        self, user: str, thread_id: str, changes: Mapping[str, Any], *, only_untitled: bool = False
+    ) -> Thread:
+        if changes:
+            columns = ", ".join(f"{name} = ?" for name in ("title", "metadata") if name in changes)
+            values = [changes["title"]] if "title" in changes else []
+            values += [_dump(changes["metadata"])] if "metadata" in changes else []
+            await self._database.execute(
+                f"UPDATE chat_threads SET {columns} WHERE user_id = ? AND id = ?"
+                + (" AND title IS NULL" if only_untitled else ""),
+                *values,
+                user,
+                thread_id,
+            )
+        return _thread(await self._thread_row(user, thread_id))
+
+    @inside
+    async def delete_thread(self, user: str, thread_id: str) -> None:
+        if not await self._delete(user, thread_id):
+            raise NotFound("There is no such thread.")
+
+    async def _delete(self, user: str, thread_id: str) -> bool:
+        of_thread = "WHERE user_id = ? AND thread_id = ?"
+        async with self._database.transaction():
+            gone = await self._database.execute(
+                "DELETE FROM chat_threads WHERE user_id = ? AND id = ?", user, thread_id
+            )
+            await self._database.execute(
+                f"DELETE FROM chat_events WHERE run_id IN (SELECT id FROM chat_runs {of_thread})",
+                user,
+                thread_id,
+            )
+            for table in ("chat_runs", "chat_messages"):
+                await self._database.execute(f"DELETE FROM {table} {of_thread}", user, thread_id)
+        return gone > 0
+
+    @inside
+    async def add_messages(
+        self, user: str, messages: Sequence[Message], *, create: bool = False
+    ) -> Sequence[Message]:
+        thread_id = messages[0].thread_id
+        moment = micros(now())
+        async with self._database.transaction():
+            thread = await self._touch(user, thread_id, moment, create)
+            count, preview = thread["message_count"], thread["preview"]
+            newest_id = thread["newest_id"]
+            place: Place = (thread["newest_branch"], count, thread["newest_lineage"])
+            stored: list[Message] = []
+            for message in messages:
+                parent_id = message.parent_id
+                if parent_id is None and message.role == "user":
+                    parent_id = newest_id
+                branch, lineage = await self._branch(
+                    user, thread_id, parent_id, newest_id, place, count + 1
+                )
+                message = replace(message, parent_id=parent_id, position=count + 1)
+                if not await self._insert(user, message, branch, lineage):
+                    stored.append(await self._get(user, thread_id, message.id))
+                    continue
+                stored.append(message)
+                count += 1
+                newest_id, place = message.id, (branch, count, lineage)
+                if preview is None and message.role == "user":
+                    preview = title_from(message.content)
+            await self._database.execute(
+                "UPDATE chat_threads SET message_count = ?, newest_id = ?, newest_branch = ?, "
+                "newest_lineage = ?, preview = ? WHERE row_id = ?",
+                count,
+                newest_id,
+                place[0],
+                place[2],
+                preview,
+                thread["row_id"],
+            )
+        return stored
+
+    async def _touch(self, user: str, thread_id: str, moment: int, create: bool) -> dict[str, Any]:
+        """Lock the thread's row until the transaction ends, making it where that is allowed."""
+        returning = (
+            "RETURNING row_id, message_count, newest_id, newest_branch, newest_lineage, preview"
+        )
+        if create:
+            rows = await self._database.fetch(
+                "INSERT INTO chat_threads (user_id, id, metadata, message_count, newest_branch, "
+                "newest_lineage, created_at, updated_at) VALUES (?, ?, '{}', 0, 1, '[]', ?, ?) "
+                "ON CONFLICT (user_id, id) DO UPDATE SET updated_at = excluded.updated_at "
+                + returning,
+                user,
+                thread_id,
+                moment,
+                moment,
+            )
+        else:
+            rows = await self._database.fetch(
+                f"UPDATE chat_threads SET updated_at = ? WHERE user_id = ? AND id = ? {returning}",
+                moment,
+                user,
+                thread_id,
+            )
+        return _only(rows, "There is no such thread.")
+
+    async def _branch(
+        self,
+        user: str,
+        thread_id: str,
+        parent_id: str | None,
+        newest_id: str | None,
+        newest: Place,
+        position: int,
+    ) -> tuple[int, str]:
+        """The branch and lineage of a message that continues from its parent."""
+        if parent_id is None:
+            return position, "[]"
+        if parent_id == newest_id:
+            return newest[0], newest[2]
+        branch, parent_position, lineage = await self._place(user, thread_id, parent_id)
+        continued = await self._database.fetch(
+            "SELECT 1 FROM chat_messages WHERE user_id = ? AND thread_id = ? AND branch = ? "
+            "AND position > ? LIMIT 1",
+            user,
+            thread_id,
+            branch,
+            parent_position,
+        )
+        if not continued:
+            return branch, lineage
+        return position, _dump([*json.loads(lineage), [branch, parent_position]])
+
+    async def _place(self, user: str, thread_id: str, message_id: str) -> Place:
+        rows = await self._database.fetch(
+            "SELECT branch, position, lineage FROM chat_messages "
+            "WHERE user_id = ? AND thread_id = ? AND id = ?",
+            user,
+            thread_id,
+            message_id,
+        )
+        row = _only(rows, f"There is no message {message_id!r} in this thread.")
+        return row["branch"], row["position"], row["lineage"]
+
+    async def _insert(self, user: str, message: Message, branch: int, lineage: str) -> bool:
+        calls = [call.as_json() for call in message.tool_calls]
+        rows = await self._database.fetch(
+            INSERT_MESSAGE,
+            user,
+            message.thread_id,
+            message.id,
+            message.position,
+            branch,
+            lineage,
+            message.parent_id,
+            message.run_id,
+            message.role,
+            text_of(message.content),
+            None if isinstance(message.content, str) else _dump(message.content),
+            message.reasoning,
+            _dump(calls) if calls else None,
+            message.tool_call_id,
+            message.name,
+            message.model,
+            message.provider,
+            message.status,
+            _dump(message.usage) if message.usage is not None else None,
+            None,
+            _dump(message.metadata),
+            _dump(message.options),
+            micros(message.created_at),
+        )
+        return bool(rows)
+
+    async def _get(self, user: str, thread_id: str, message_id: str) -> Message:
+        rows = await self._database.fetch(
+            "SELECT * FROM chat_messages WHERE user_id = ? AND thread_id = ? AND id = ?",
+            user,
+            thread_id,
+            message_id,
+        )
+        return _message(_only(rows, "There is no such message in this thread."))
+
+    @inside
+    async def messages(self, user: str, thread_id: str, window: Window) -> Sequence[Message]:
+        if window.limit == 1 and window.leaf is not None and window.order == "desc":
+            return [await self._get(user, thread_id, window.leaf)]
+        if window.branch == "all":
+            await self._thread_row(user, thread_id)
+            return await self._read(user, thread_id, window, [])
+        if window.leaf is not None:
+            place = await self._place(user, thread_id, window.leaf)
+        else:
+            row = await self._thread_row(user, thread_id)
+            place = (row["newest_branch"], row["message_count"], row["newest_lineage"])
+        segments = [*json.loads(place[2]), [place[0], place[1]]]
+        return await self._read(user, thread_id, window, segments)
+
+    async def _read(
+        self, user: str, thread_id: str, window: Window, segments: list[list[int]]
+    ) -> list[Message]:
+        """Each segment of the path by its index, at most a page of it, and a page of all those."""
+        ascending = window.order == "asc"
+        order = "ASC" if ascending else "DESC"
+        paging, after = "", []
+        if window.after is not None:
+            paging, after = f" AND position {'>' if ascending else '<'} ?", [window.after]
+            if ascending:
+                segments = [s for s in segments if s[1] > window.after]
+        segments = segments[: window.limit] if ascending else segments[-window.limit :]
+        whole = "SELECT * FROM chat_messages WHERE user_id = ? AND thread_id = ?"
+        selects: list[str] = []
+        values: list[Any] = []
+        for branch, upto in segments:
+            part = f"{whole} AND branch = ? AND position <= ?{paging}"
+            part += f" ORDER BY position {order} LIMIT ?"
+            selects.append(f"SELECT * FROM ({part}) AS s{len(selects)}")
+            values += [user, thread_id, branch, upto, *after, window.limit]
+        if not segments:
+            if window.branch == "current":
+                return []
+            selects, values = [f"{whole}{paging}"], [user, thread_id, *after]
+        rows = await self._database.fetch(
+            f"{' UNION ALL '.join(selects)} ORDER BY position {order} LIMIT ?",
+            *values,
+            window.limit,
+        )
+        return [_message(row) for row in rows]
+
+    @inside
+    async def set_feedback(
+        self, user: str, thread_id: str, message_id: str, feedback: Mapping[str, Any] | None
+    ) -> None:
+        changed = await self._database.execute(
+            "UPDATE chat_messages SET feedback = ? WHERE user_id = ? AND thread_id = ? AND id = ?",
+            None if feedback is None else _dump(feedback),
+            user,
+            thread_id,
+            message_id,
+        )
+        if not changed:
+            raise NotFound("There is no such message in this thread.")
+
+    async def export(self, user: str) -> AsyncGenerator[dict[str, Any], None]:
+        tables = (("thread", "chat_threads"), ("message", "chat_messages"), ("run", "chat_runs"))
+        for kind, table in tables:
+            key = "id" if table == "chat_runs" else "row_id"
+            after: Any = "" if key == "id" else 0
+            while rows := await self._page(table, key, user, after):
+                for row in rows:
+                    yield _exported(kind, row)
+                after = rows[-1][key]
+
+    @inside
+    async def _page(self, table: str, key: str, user: str, after: Any) -> list[dict[str, Any]]:
+        return await self._database.fetch(
+            f"SELECT * FROM {table} WHERE user_id = ? AND {key} > ? ORDER BY {key} LIMIT ?",
+            user,
+            after,
+            EXPORT_PAGE,
+        )
+
+    async def erase(self, user: str) -> int:
+        count = 0
+        while rows := await self._page("chat_threads", "row_id", user, 0):
+            for row in rows:
+                await self._erase_one(user, row["id"])
+            count += len(rows)
+        return count
+
+    @inside
+    async def _erase_one(self, user: str, thread_id: str) -> bool:
+        return await self._delete(user, thread_id)
+
+    @inside
+    async def expire(self, before: datetime, limit: int) -> int:
+        rows = await self._database.fetch(
+            "SELECT user_id, id FROM chat_threads WHERE updated_at < ? LIMIT ?",
+            micros(before),
+            limit,
+        )
+        for row in rows:
+            await self._delete(row["user_id"], row["id"])
+        return len(rows)
+
+
+def _only(rows: Sequence[dict[str, Any]], otherwise: str) -> dict[str, Any]:
+    if not rows:
+        raise NotFound(otherwise)
+    return rows[0]
+
+
+def _exported(kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    if kind == "thread":
+        return {"type": kind, **_thread(row).as_json(None)}
+    if kind == "message":
+        return {"type": kind, **_message(row).as_json()}
+    ended = row["ended_at"]
+    return {
+        "type": kind,
+        "id": row["id"],
+        "thread_id": row["thread_id"],
+        "user_message_id": row["user_message_id"],
+        "message_id": row["message_id"],
+        "created_at": rfc3339(_moment(row["created_at"])),
+        "ended_at": rfc3339(_moment(ended)) if ended is not None else None,
+    }

@@ -1,0 +1,138 @@
+"""What a run has said since the last message that it stored: a fold of its log.
+
+A run uses it to make the messages that it stores; after a crash the next process uses it to rescue
+what the log has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .events import (
+    Content,
+    End,
+    Event,
+    MessageStored,
+    Reasoning,
+    Start,
+    ToolCalled,
+    ToolReturned,
+)
+from .messages import (
+    NOT_FINISHED,
+    Message,
+    ToolCall,
+    derived_id,
+    tool_message,
+)
+from .ports import EventLog, RunRecord
+
+
+@dataclass
+class Draft:
+    """Text, reasoning and calls that are in no stored message yet."""
+
+    seq: int = 0
+    stored_seq: int = 1
+    start: Start | None = None
+    parent_id: str | None = None
+    ended: bool = False
+    texts: list[str] = field(default_factory=list)
+    reasonings: list[str] = field(default_factory=list)
+    calls: dict[str, ToolCalled] = field(default_factory=dict)
+    results: dict[str, ToolReturned] = field(default_factory=dict)
+
+    def take(self, seq: int, event: Event) -> None:
+        """Add what an event says."""
+        self.seq = seq
+        match event:
+            case Content(text):
+                self.texts.append(text)
+            case Reasoning(text):
+                self.reasonings.append(text)
+            case ToolCalled(call_id):
+                self.calls[call_id] = event
+            case ToolReturned(call_id):
+                self.results[call_id] = event
+            case MessageStored(message):
+                self.stored_seq, self.parent_id = seq, message["id"]
+                self.texts, self.reasonings, self.calls, self.results = [], [], {}, {}
+            case Start():
+                self.start = event
+            case End():
+                self.ended = True
+
+    @property
+    def missing(self) -> list[ToolCalled]:
+        """The calls that have no result."""
+        return [call for call_id, call in self.calls.items() if call_id not in self.results]
+
+    @property
+    def awaits_approval(self) -> bool:
+        """Whether a person has still to agree to a call."""
+        return any(call.needs == "approval" for call in self.missing)
+
+
+async def fold(log: EventLog, run_id: str, after: int) -> Draft:
+    """Read what follows event ``after`` without waiting for more."""
+    draft = Draft(seq=after)
+    async for page in log.follow(run_id, after, wait=False):
+        for seq, event in page:
+            draft.take(seq, event)
+    return draft
+
+
+def tool_unit(
+    draft: Draft, record: RunRecord, parent_id: str, told: Mapping[str, Any]
+) -> list[Message]:
+    """The assistant's message with its calls and a message for every result, to be stored as one.
+
+    Their ids follow from the run, the parent and the calls: storing them again changes nothing.
+    """
+    messages = [
+        Message(
+            id=derived_id(record.id, parent_id, "calls"),
+            thread_id=record.thread_id,
+            role="assistant",
+            content="".join(draft.texts),
+            reasoning="".join(draft.reasonings) or None,
+            tool_calls=tuple(
+                ToolCall(call.tool_call_id, call.name, call.arguments)
+                for call in draft.calls.values()
+            ),
+            parent_id=parent_id,
+            run_id=record.id,
+            **told,
+        )
+    ]
+    for call in messages[0].tool_calls:
+        result = draft.results.get(call.id)
+        messages.append(
+            tool_message(
+                call,
+                result.content if result else NOT_FINISHED,
+                record.thread_id,
+                derived_id(record.id, parent_id, "result", call.id),
+                parent_id=messages[-1].id,
+                run_id=record.id,
+            )
+        )
+    return messages
+
+
+def final_answer(
+    draft: Draft, record: RunRecord, parent_id: str, told: Mapping[str, Any]
+) -> Message:
+    """The message that ends the run, with the id that ``start`` has named."""
+    return Message(
+        id=record.message_id,
+        thread_id=record.thread_id,
+        role="assistant",
+        content="".join(draft.texts),
+        reasoning="".join(draft.reasonings) or None,
+        parent_id=parent_id,
+        run_id=record.id,
+        **told,
+    )

@@ -1,0 +1,279 @@
+"""``@tool``: a function's name, docstring and annotations become what a model is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints, overload
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import to_json
+
+from ..errors import UnknownTool
+
+MAX_RESULT_CHARS = 32_768
+"""A longer result is cut, and says so."""
+
+Approval = bool | Callable[[dict[str, Any]], bool]
+
+
+class ToolError(Exception):
+    """Raised by a tool: the model reads the sentence as the call's result."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolContext:
+    """Where a call happens. A parameter annotated with this type is not part of the schema."""
+
+    user: str
+    thread_id: str
+    run_id: str
+    tool_call_id: str
+    _report: Callable[[str], None]
+
+    def progress(self, text: str) -> None:
+        """Tell who watches how far the tool is; callable from any thread."""
+        self._report(text)
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Something a model may call.
+
+    ``parameters`` is a JSON schema of an object; ``invoke`` gets the context and the decoded
+    arguments and gives what the model will read. ``users`` says who may use it (default: all).
+    """
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    invoke: Callable[[ToolContext, dict[str, Any]], Awaitable[Any]]
+    needs_approval: Approval = False
+    users: Callable[[str], bool] | None = None
+    function: Callable[..., Any] | None = field(default=None, compare=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function itself, as if it had not been decorated."""
+        if self.function is None:
+            raise TypeError(f"The tool {self.name} is not a function of this process.")
+        return self.function(*args, **kwargs)
+
+    def schema(self) -> dict[str, Any]:
+        """The tool in OpenAI's form."""
+        return function_schema(self.name, self.description, self.parameters)
+
+    def asks_first(self, arguments: dict[str, Any]) -> bool:
+        """Whether a person has to approve a call with these arguments."""
+        if callable(self.needs_approval):
+            return bool(self.needs_approval(arguments))
+        return self.needs_approval
+
+
+def function_schema(name: str, description: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A function tool as OpenAI's chat completions take it."""
+    function = {"name": name, "description": description, "parameters": dict(parameters)}
+    return {"type": "function", "function": function}
+
+
+@overload
+def tool(function: Callable[..., Any], /) -> Tool: ...
+
+
+@overload
+def tool(
+    *,
+    name: str | None = None,
+    needs_approval: Approval = False,
+    users: Callable[[str], bool] | None = None,
+) -> Callable[[Callable[..., Any]], Tool]: ...
+
+
+def tool(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    needs_approval: Approval = False,
+    users: Callable[[str], bool] | None = None,
+) -> Tool | Callable[[Callable[..., Any]], Tool]:
+    """Make a tool of an async or plain function; plain ones run in a thread of their own.
+
+    Args:
+        function: The function; its docstring describes the tool and its parameters.
+        name: What the model calls it (default: the function's name).
+        needs_approval: Whether a person has to agree first, or a predicate on the arguments.
+        users: A predicate on the user id: who may use the tool.
+
+    Raises:
+        TypeError: The function takes ``*args`` or ``**kwargs``, or a parameter has no annotation.
+    """
+
+    def make(function: Callable[..., Any]) -> Tool:
+        summary, described = _docstring(function)
+        model, context_name = _arguments(function, described)
+        return Tool(
+            name=name or function.__name__,
+            description=summary,
+            parameters=_schema(model),
+            invoke=functools.partial(_invoke, function, model, context_name),
+            needs_approval=needs_approval,
+            users=users,
+            function=function,
+        )
+
+    return make if function is None else make(function)
+
+
+def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    from docstring_parser import parse
+
+    parsed = parse(function.__doc__ or "")
+    text = "\n\n".join(part for part in (parsed.short_description, parsed.long_description) if part)
+    return text, {p.arg_name: p.description for p in parsed.params if p.description}
+
+
+def _arguments(
+    function: Callable[..., Any], described: Mapping[str, str]
+) -> tuple[type[BaseModel], str | None]:
+    hints = get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {}
+    context_name = None
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(f"The tool {function.__name__} can not take *args or **kwargs.")
+        hint = hints.get(parameter.name)
+        if hint is ToolContext:
+            context_name = parameter.name
+        elif hint is None:
+            raise TypeError(f"{function.__name__}: annotate the parameter {parameter.name}.")
+        else:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            description = described.get(parameter.name)
+            fields[parameter.name] = (hint, Field(default, description=description))
+    config = ConfigDict(extra="forbid")
+    return create_model(function.__name__, __config__=config, **fields), context_name
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    schema.pop("title", None)
+    for described in schema.get("properties", {}).values():
+        described.pop("title", None)
+    schema.setdefault("properties", {})
+    return schema
+
+
+async def _invoke(
+    function: Callable[..., Any],
+    model: type[BaseModel],
+    context_name: str | None,
+    context: ToolContext,
+    arguments: dict[str, Any],
+) -> Any:
+    try:
+        values = model.model_validate(arguments)
+    except ValidationError as error:
+        raise ToolError(_complaint(error)) from None
+    given = {name: getattr(values, name) for name in model.model_fields}
+    if context_name is not None:
+        given[context_name] = context
+    if inspect.iscoroutinefunction(function):
+        return await function(**given)
+    return await in_daemon_thread(functools.partial(function, **given))
+
+
+def _complaint(error: ValidationError) -> str:
+    lines = [
+        f"{'.'.join(str(step) for step in e['loc']) or 'arguments'}: {e['msg']}"
+        for e in error.errors(include_url=False)[:10]
+    ]
+    return "The arguments are not valid. " + "; ".join(lines)
+
+
+async def in_daemon_thread(function: Callable[[], Any]) -> Any:
+    """Run a plain function in a thread that neither a cancelled run nor the exit waits for."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = context.run(function)
+        except StopIteration as raised:
+            error = RuntimeError(str(raised))
+        except BaseException as raised:
+            error = raised
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, name="quart_chat-tool", daemon=True).start()
+    return await future
+
+
+def as_result(value: Any) -> str:
+    """What a tool returned as text for the model: cut where it is too long, saying so."""
+    text = value if isinstance(value, str) else to_json(value, serialize_unknown=True).decode()
+    text = text.replace("\0", "").encode(errors="replace").decode()
+    if len(text) > MAX_RESULT_CHARS:
+        cut = len(text) - MAX_RESULT_CHARS
+        text = f"{text[:MAX_RESULT_CHARS]}\n[cut: {cut} more characters]"
+    return text
+
+
+class Tools:
+    """The tools of a server, by name."""
+
+    def __init__(self, tools: Iterable[Tool] = ()) -> None:
+        self._tools: dict[str, Tool] = {}
+        for each in tools:
+            self.add(each)
+
+    def add(self, each: Tool) -> None:
+        """Register a tool.
+
+        Raises:
+            ValueError: Another tool has the name.
+        """
+        known = self._tools.setdefault(each.name, each)
+        if known is not each:
+            raise ValueError(f"There are two tools named {each.name!r}.")
+
+    def replace(self, names: Iterable[str], tools: Iterable[Tool]) -> None:
+        """Exchange the tools of a source that came back with others."""
+        for name in names:
+            self._tools.pop(name, None)
+        for each in tools:
+            self.add(each)
+
+    def names(self) -> list[str]:
+        """Every registered name."""
+        return list(self._tools)
+
+    def choose(self, user: str, names: Iterable[str]) -> list[Tool]:
+        """The named tools that this user may use.
+
+        Raises:
+            UnknownTool: One of them is not there, for this user.
+        """
+        chosen: dict[str, Tool] = {}
+        for name in names:
+            found = self._tools.get(name)
+            if found is None or (found.users is not None and not found.users(user)):
+                raise UnknownTool(f"tools: there is no tool named {name!r} here.")
+            chosen[name] = found
+        return list(chosen.values())

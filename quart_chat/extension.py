@@ -1,0 +1,279 @@
+"""``QuartChat``: settings, adapters and lifetimes of the chat in a Quart application."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from quart import Quart, current_app
+
+from . import adapters
+from .config import Settings, resolve
+from .core.conversation import Conversation
+from .core.limits import Limits
+from .core.messages import now
+from .core.models import Models, Source
+from .core.ports import Archive, Authenticator, EventLog, Provider, Storage
+from .core.recovery import Recovery
+from .core.runs import Runs
+from .core.titles import Titles
+from .core.tools import Approval, Tool, Tools, tool
+from .errors import ConfigurationError
+from .transports.asgi import prepare
+from .transports.guard import Guard, HostAuthenticate
+from .transports.server import EXTENSION, ChatServer
+
+logger = logging.getLogger("quart_chat")
+
+SWEEP_SECONDS = 30
+SWEPT_THREADS = 100
+
+H = TypeVar("H", bound=HostAuthenticate)
+
+
+class QuartChat:
+    """The chat as an extension: ``QuartChat(app)``, or ``init_app`` for several applications.
+
+    What the host gives wins over the configuration: a ``storage``, an ``event_log`` and an
+    ``archive`` (together), an ``authenticator`` of tokens, ``providers`` by name. The decorators
+    ``authenticate`` and ``tool`` give the rest.
+
+    Raises:
+        ConfigurationError: A ``CHAT_`` key of the application is wrong; at ``init_app``.
+    """
+
+    def __init__(
+        self,
+        app: Quart | None = None,
+        *,
+        storage: Storage | None = None,
+        event_log: EventLog | None = None,
+        archive: Archive | None = None,
+        authenticator: Authenticator | None = None,
+        providers: Mapping[str, Provider] | None = None,
+    ) -> None:
+        self._stores = (storage, event_log, archive)
+        self._authenticator = authenticator
+        self._providers = dict(providers or {})
+        self._host_authenticate: HostAuthenticate | None = None
+        self._tools: list[Tool] = []
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Quart) -> None:
+        """Add the chat to an application; nothing of it is kept here.
+
+        Raises:
+            ConfigurationError: A ``CHAT_`` key is wrong.
+        """
+        settings = resolve(app.config)
+        lifetime = ChatLifetime(self, settings)
+        app.extensions[EXTENSION] = lifetime
+        app.config.setdefault("QUART_SCHEMA_CONVERT_CASING", False)
+        app.config.setdefault("QUART_SCHEMA_CONVERSION_PREFERENCE", None)
+        prepare(app)
+        app.before_serving(lifetime.open)
+        app.after_serving(lifetime.close)
+
+    @property
+    def server(self) -> ChatServer:
+        """The chat of the application that handles this request."""
+        server: ChatServer = current_app.extensions[EXTENSION].server
+        return server
+
+    def authenticate(self, function: H) -> H:
+        """Let the host say who is asking.
+
+        The function gets the request or websocket and gives a user id, or None for nobody.
+        """
+        self._host_authenticate = function
+        return function
+
+    def export(self, user: str) -> AsyncGenerator[dict[str, Any], None]:
+        """Everything that the current application keeps of a user, a plain map each."""
+        return self.server.archive.export(user)
+
+    async def erase(self, user: str) -> int:
+        """Stop what runs for a user, delete everything of theirs, and count the threads."""
+        await self.server.conversation.runs.stop_all(user)
+        return await self.server.archive.erase(user)
+
+    async def expire(self, before: datetime, limit: int = SWEPT_THREADS) -> int:
+        """Delete threads without activity since then, at most ``limit``, and count them."""
+        return await self.server.archive.expire(before, limit)
+
+    def tool(
+        self,
+        function: Callable[..., Any] | None = None,
+        *,
+        name: str | None = None,
+        needs_approval: Approval = False,
+        users: Callable[[str], bool] | None = None,
+    ) -> Any:
+        """Register a function as a tool; see ``quart_chat.tool``."""
+
+        def register(function: Callable[..., Any]) -> Tool:
+            made = tool(name=name, needs_approval=needs_approval, users=users)(function)
+            self._tools.append(made)
+            return made
+
+        return register if function is None else register(function)
+
+
+class ChatLifetime:
+    """The chat of one application, from its start to its end."""
+
+    def __init__(self, chat: QuartChat, settings: Settings) -> None:
+        self.settings = settings
+        self.tools = Tools(_modules_tools(settings.tools))
+        self._chat = chat
+        self._server: ChatServer | None = None
+        self._log: EventLog | None = None
+        self._stack = AsyncExitStack()
+        self._drained = False
+        self.failure: ConfigurationError | None = None
+
+    @property
+    def server(self) -> ChatServer:
+        """What the transports work with.
+
+        Raises:
+            RuntimeError: The application does not serve.
+        """
+        if self._server is None:
+            raise RuntimeError("The chat is not open: the application does not serve yet.")
+        return self._server
+
+    async def open(self) -> None:
+        """Open the adapters, rescue what a dead process left, and begin to serve.
+
+        Raises:
+            ConfigurationError: An adapter can not be opened.
+        """
+        self._stack = AsyncExitStack()
+        try:
+            self._server = await self._open(self._stack)
+        except BaseException as error:
+            self.failure = error if isinstance(error, ConfigurationError) else None
+            await self._stack.aclose()
+            raise
+
+    async def _open(self, stack: AsyncExitStack) -> ChatServer:
+        chat, settings = self._chat, self.settings
+        storage, log, archive = await self._open_stores(stack)
+        sources = [Source(name, provider) for name, provider in chat._providers.items()]
+        models = Models(
+            sources or adapters.sources(settings, stack),
+            default_provider=settings.default_provider,
+            default_model=settings.default_model,
+            known=adapters.known_providers(),
+        )
+        for each in chat._tools:
+            self.tools.add(each)
+        await adapters.connect_tools(settings, self.tools, stack)
+        limits = limits_of(settings)
+        runs = Runs(limits)
+        titles = None
+        if settings.title_model is not None:
+            titles = Titles(storage, models, settings.title_model)
+            stack.push_async_callback(titles.close)
+        conversation = Conversation(storage, log, models, self.tools, runs, limits, titles)
+        if conversation.presence is not None:
+            stack.callback(conversation.presence.close)
+        guard = Guard(settings)
+        guard.host_authenticate = chat._host_authenticate
+        guard.authenticator = chat._authenticator
+        if guard.is_local:
+            guard.authenticator = await adapters.authenticator(settings, stack)
+        recovery = Recovery(conversation, runs, log, storage, limits)
+        rescued = await recovery.run()
+        if rescued:
+            logger.info("%d answers of a process that ended were taken care of", rescued)
+        sweeper = asyncio.create_task(
+            _sweep(settings, log, archive, recovery), name="quart_chat sweeper"
+        )
+        stack.push_async_callback(_cancelled, sweeper)
+        self._log = log
+        return ChatServer(settings, conversation, guard, archive)
+
+    async def _open_stores(self, stack: AsyncExitStack) -> tuple[Storage, EventLog, Archive]:
+        storage, log, archive = self._chat._stores
+        if storage is not None and log is not None and archive is not None:
+            return storage, log, archive
+        if (storage, log, archive) != (None, None, None):
+            raise ConfigurationError("Give storage, event_log and archive together, or none.")
+        stores = await adapters.stores(self.settings, stack)
+        return stores.storage, stores.log, stores.archive
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more messages, let answers end for so long, keep the rest, close connections."""
+        if self._server is not None and self._log is not None:
+            self._drained = True
+            await self._server.drain(seconds, durable=self._log.durable)
+
+    def begin_drain(self) -> None:
+        """Refuse new messages from now on."""
+        if self._server is not None:
+            self._server.conversation.runs.draining = True
+
+    async def close(self) -> None:
+        """Drain, unless that is done, and close the adapters in reverse order."""
+        if not self._drained:
+            await self.drain(self.settings.drain_timeout)
+        self._server = None
+        await self._stack.aclose()
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The part of the settings that the core keeps to."""
+    names = [name for name in Limits.__slots__ if name in type(settings).model_fields]
+    values = {name: getattr(settings, name) for name in names}
+    return Limits(**values, forget_after_window=settings.storage == "memory")
+
+
+def _modules_tools(modules: Iterable[str]) -> list[Tool]:
+    found: list[Tool] = []
+    for name in modules:
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"CHAT_TOOLS: the module {name} can not be imported ({error})."
+            ) from error
+        tools = [value for value in vars(module).values() if isinstance(value, Tool)]
+        if not tools:
+            raise ConfigurationError(f"CHAT_TOOLS: {name} has no function decorated with @tool.")
+        found += [each for each in tools if each not in found]
+    return found
+
+
+async def _sweep(settings: Settings, log: EventLog, archive: Archive, recovery: Recovery) -> None:
+    """Let what is old go, a bounded number at a time, and look after runs of dead machines."""
+    while True:
+        await asyncio.sleep(min(SWEEP_SECONDS, max(1.0, settings.event_retention)))
+        for work in (
+            log.expire,
+            recovery.run,
+            functools.partial(_expire_threads, settings, archive),
+        ):
+            try:
+                await work()
+            except Exception as error:
+                logger.warning("sweeping failed: %s", type(error).__name__)
+
+
+async def _expire_threads(settings: Settings, archive: Archive) -> int:
+    if settings.retention_days is None:
+        return 0
+    return await archive.expire(now() - timedelta(days=settings.retention_days), SWEPT_THREADS)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""How clients speak: the only place that knows requests and sockets."""

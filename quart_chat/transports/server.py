@@ -1,0 +1,132 @@
+"""What every transport of one application works with, and what its HTTP answers have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from quart import Blueprint, Response, current_app, jsonify, request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from ..config import Settings
+from ..core.conversation import Conversation
+from ..core.ports import Archive
+from ..errors import ChatError, InternalError, InvalidMessage, NotAuthenticated, NotFound, TooLarge
+from .guard import SECURITY_HEADERS, Guard
+
+logger = logging.getLogger("quart_chat.http")
+
+EXTENSION = "quart_chat"
+NO_STORE = "no-store"
+
+
+@dataclass
+class ChatServer:
+    """The chat of one application, between its start and its end."""
+
+    settings: Settings
+    conversation: Conversation
+    guard: Guard
+    archive: Archive
+    closers: set[Callable[[], None]] = field(default_factory=set)
+
+    @property
+    def server(self) -> ChatServer:
+        return self
+
+    def close_connections(self) -> int:
+        """Close sockets with 1001 and break streams off, so that clients resume elsewhere."""
+        closing = list(self.closers)
+        for close in closing:
+            close()
+        return len(closing)
+
+    async def drain(self, seconds: float, *, durable: bool) -> None:
+        """Let running answers end for so long, store the rest, and close every connection."""
+        await self.conversation.runs.drain(seconds, durable=durable)
+        self.close_connections()
+        while self.closers:
+            await asyncio.sleep(0.01)
+
+
+class HasServer(Protocol):
+    """A ``QuartChat``, or the ``ChatServer`` of an application."""
+
+    @property
+    def server(self) -> ChatServer: ...
+
+
+def current_server() -> ChatServer:
+    """The chat of the application that handles this request.
+
+    Raises:
+        RuntimeError: The application has no ``QuartChat``, or does not serve yet.
+    """
+    found = current_app.extensions.get(EXTENSION)
+    server: ChatServer | None = found.server if found is not None else None
+    if server is None:
+        raise RuntimeError("Register QuartChat with this app before its blueprints are used.")
+    return server
+
+
+def error_response(error: ChatError) -> Response:
+    """The error as JSON, with the status and headers that go with it."""
+    body = error.as_json()
+    retry_after = body.pop("retry_after", None)
+    response: Response = jsonify({"error": body})
+    response.status_code = error.status
+    if retry_after is not None:
+        response.headers["Retry-After"] = str(max(1, -(-int(retry_after * 1000) // 1000)))
+    if isinstance(error, NotAuthenticated):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def as_chat_error(error: Exception) -> ChatError:
+    """What a client is told of an exception; the log has the unexpected, with a reference."""
+    if isinstance(error, ChatError):
+        return error
+    if isinstance(error, RequestEntityTooLarge):
+        return TooLarge("The body is larger than this server takes.")
+    if isinstance(error, HTTPException):
+        status = error.code or 500
+        if status == 404:
+            return NotFound("There is nothing at this address.")
+        if status < 500:
+            return InvalidMessage(f"{error.name}: the request can not be served.", status=status)
+    unexpected = InternalError()
+    logger.error("unexpected failure, reference %s", unexpected.reference, exc_info=error)
+    return unexpected
+
+
+def guarded(blueprint: Blueprint) -> None:
+    """Give a blueprint's HTTP routes the origin check, CORS, error bodies and security headers."""
+
+    @blueprint.before_request
+    async def check() -> Response | None:
+        server = current_server()
+        request.max_content_length = server.settings.max_message_bytes
+        if request.method == "OPTIONS":
+            return Response("", 204)
+        server.guard.check_origin(request)
+        return None
+
+    @blueprint.after_request
+    async def finish(response: Response) -> Response:
+        current_server().guard.cors(request, response)
+        for name, value in SECURITY_HEADERS.items():
+            response.headers.setdefault(name, value)
+        response.headers.setdefault("Cache-Control", NO_STORE)
+        return response
+
+    @blueprint.errorhandler(Exception)
+    async def refuse(error: Exception) -> Response:
+        response = error_response(as_chat_error(error))
+        if isinstance(error, HTTPException):
+            for name, value in error.get_headers():
+                if name in ("Allow", "Retry-After"):
+                    response.headers[name] = value
+        return response
