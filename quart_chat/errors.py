@@ -167,7 +167,7 @@ class TooLarge(RequestError):
 class NotAuthenticated(RequestError):
     """Who is asking could not be established.
 
-    ``code`` is ``authentication_required``, ``authentication_failed`` or ``authentication_expired``.
+    ``code`` ends ``authentication_`` with ``required``, ``failed`` or ``expired``.
     """
 
     code = "authentication_failed"
@@ -202,9 +202,7 @@ class NotAuthenticated(RequestError):
 class ForbiddenOrigin(RequestError):
     code = "forbidden_origin"
     status = 403
-    default_message = (
-        "Pages of this origin may not use the chat. CHAT_ALLOWED_ORIGINS lists who may."
-    )
+    default_message = "Pages of this origin may not use the chat. See CHAT_ALLOWED_ORIGINS."
     close_reason = "Origin not allowed"
 
 

@@ -137,7 +137,6 @@ class ChatLifetime:
         self._log: EventLog | None = None
         self._stack = AsyncExitStack()
         self._drained = False
-        self.failure: ConfigurationError | None = None
 
     @property
     def server(self) -> ChatServer:
@@ -151,16 +150,18 @@ class ChatLifetime:
         return self._server
 
     async def open(self) -> None:
-        """Open the adapters, rescue what a dead process left, and begin to serve.
+        """Open the adapters, unless they are open, and rescue what a dead process left.
 
         Raises:
             ConfigurationError: An adapter can not be opened.
         """
+        if self._server is not None:
+            return
         self._stack = AsyncExitStack()
+        self._drained = False
         try:
             self._server = await self._open(self._stack)
-        except BaseException as error:
-            self.failure = error if isinstance(error, ConfigurationError) else None
+        except BaseException:
             await self._stack.aclose()
             raise
 

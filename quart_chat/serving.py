@@ -77,7 +77,7 @@ def serve(app: Quart, listener: socket.socket, ready: Callable[[], None]) -> Non
     Raises:
         ConfigurationError: An adapter can not be opened.
     """
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.get_loop().set_exception_handler(_quiet_about_cancelled)
         runner.run(_Serving(app, listener, ready).run())
 
@@ -110,6 +110,7 @@ class _Serving:
         self._drained = asyncio.Event()
 
     async def run(self) -> None:
+        await self._chat.open()
         self._listen_to_signals()
         config = hypercorn_config(self._chat.settings, self._listener)
         server = asyncio.create_task(
@@ -124,8 +125,6 @@ class _Serving:
             server.cancel()
         await asyncio.gather(server, return_exceptions=True)
         await self._chat.close()
-        if self._chat.failure is not None:
-            raise self._chat.failure
         if not server.cancelled() and (error := server.exception()) is not None:
             raise error
 

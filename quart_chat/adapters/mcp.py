@@ -86,7 +86,8 @@ class MCPTools:
 
     async def _connect(self, stack: AsyncExitStack) -> None:
         from mcp import ClientSession, StdioServerParameters, stdio_client
-        from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client
+        from mcp.client.streamable_http import streamable_http_client
+        from mcp.shared._httpx_utils import create_mcp_http_client
 
         server = self._server
         if server.command is not None:

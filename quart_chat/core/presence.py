@@ -10,7 +10,7 @@ Key = tuple[str, str]
 
 
 class Presence:
-    """Counts connections; ``forget`` is called ``window`` seconds after a thread's last has gone."""
+    """Counts connections; calls ``forget`` some seconds (``window``) after a thread's last one."""
 
     def __init__(self, window: float, forget: Callable[[str, str], Awaitable[bool]]) -> None:
         self._window = window

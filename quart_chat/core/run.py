@@ -1,7 +1,8 @@
 """One answer: the provider's stream, tool calls and their results, until there are none.
 
 A run is a task of its own, owned by the process and not by a connection. It appends what happens
-to the event log and keeps no text: the message stored at the end is folded from the log (``draft.py``).
+to the event log and keeps no text: the message stored at the end is folded from the log
+(``draft.py``).
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def _position(last_event_id: str) -> tuple[str, int]:
     return run_id, int(seq)
 
 
-def parse_message(body: bytes, idempotency_key: str | None) -> SendMessage:
+def parse_message(body: str | bytes, idempotency_key: str | None) -> SendMessage:
     """The one message of a body.
 
     Raises:

@@ -61,7 +61,7 @@ async def chat_socket() -> None:
 
 
 class ChatWebSocketRunner:
-    """Serves the chat on any route's WebSocket: ``await ChatWebSocketRunner(chat).run(websocket)``."""
+    """Serves the chat on any route: ``await ChatWebSocketRunner(chat).run(websocket)``."""
 
     def __init__(self, chat: HasServer) -> None:
         self._server = chat.server

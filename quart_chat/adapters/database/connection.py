@@ -1,8 +1,8 @@
 """One database of our own, beside whatever Tortoise the host application has.
 
 Tortoise keeps its state in a context variable with one fallback for the whole process, which
-belongs to the host. So ours is entered once inside a context of its own, and every operation runs as a
-task in a copy of it; a copy, because a transaction puts its connection into the context.
+belongs to the host. So ours is entered once inside a context of its own, and every operation runs
+as a task in a copy of it; a copy, because a transaction puts its connection into the context.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ def inside(
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
     """Let an adapter's method run where our database is the current one."""
 
-    @functools.wraps(method)
-    async def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self._database.run(method(self, *args, **kwargs))
 
     return call
@@ -237,17 +236,21 @@ class Database:
         client = self._context.connections.get(CONNECTION)
         return MigrationExecutor(client, self._config["apps"])
 
+    async def _apply(self) -> None:
+        await self._executor().migrate([MigrationTarget(APP, "__latest__")])
+
     async def _pending(self) -> list[PlanStep]:
         return await self._executor().plan([MigrationTarget(APP, "__latest__")])
 
     async def _migrate(self) -> None:
         if self.is_sqlite:
             with await asyncio.to_thread(_locked_folder, self._file):
-                await self._executor().migrate([MigrationTarget(APP, "__latest__")])
+                await self._apply()
             return
+        outside = contextvars.copy_context()
         async with in_transaction(CONNECTION):
             await self.fetch("SELECT pg_advisory_xact_lock(?)", MIGRATION_LOCK)
-            await self._executor().migrate([MigrationTarget(APP, "__latest__")])
+            await asyncio.create_task(self._apply(), context=outside)
 
     @property
     def _file(self) -> str:
