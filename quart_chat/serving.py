@@ -56,10 +56,10 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def hypercorn_config(settings: Settings, listener: socket.socket) -> Config:
+def hypercorn_config(settings: Settings, descriptor: int) -> Config:
     """Hypercorn as a chat needs it."""
     config = Config()
-    config.bind = [f"fd://{listener.fileno()}"]
+    config.bind = [f"fd://{descriptor}"]
     config.backlog = BACKLOG
     config.websocket_ping_interval = PING_SECONDS
     config.websocket_max_message_size = settings.max_message_bytes * CLOSE_FACTOR + 1
@@ -112,7 +112,7 @@ class _Serving:
     async def run(self) -> None:
         await self._chat.open()
         self._listen_to_signals()
-        config = hypercorn_config(self._chat.settings, self._listener)
+        config = hypercorn_config(self._chat.settings, self._listener.detach())
         server = asyncio.create_task(
             hypercorn_serve(self._app, config, shutdown_trigger=self._until_drained)
         )
