@@ -32,6 +32,7 @@ def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None =
     app = Quart("quart_chat", static_folder=None)
     app.config.from_prefixed_env()
     app.config.update(config or {})
+    app.config["MAX_CONTENT_LENGTH"] = None  # ours says which bound was broken
     QuartSchema(
         app,
         info=Info(title="quart_chat", version=version("quart-chat")),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from quart import Blueprint, Response, current_app, jsonify, request
+from quart import Blueprint, Request, Response, current_app, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ..config import Settings
@@ -72,6 +72,18 @@ def current_server() -> ChatServer:
     return server
 
 
+async def body_of(asking: Request, settings: Settings) -> bytes:
+    """A request's body, within the bound of a message. Raises TooLarge."""
+    bound = settings.max_message_bytes
+    if (asking.content_length or 0) > bound:
+        raise TooLarge(f"A body has at most {bound} bytes.")
+    body = await asking.get_data()
+    assert isinstance(body, bytes)
+    if len(body) > bound:
+        raise TooLarge(f"A body has at most {bound} bytes.")
+    return body
+
+
 def error_response(error: ChatError) -> Response:
     """The error as JSON, with the status and headers that go with it."""
     body = error.as_json()
@@ -108,7 +120,6 @@ def guarded(blueprint: Blueprint) -> None:
     @blueprint.before_request
     async def check() -> Response | None:
         server = current_server()
-        request.max_content_length = server.settings.max_message_bytes
         if request.method == "OPTIONS":
             return Response("", 204)
         server.guard.check_origin(request)

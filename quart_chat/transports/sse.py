@@ -18,7 +18,7 @@ from ..core.runs import STOPPED_BY_USER, Following
 from ..errors import ChatError, InvalidMessage, NothingToResume
 from .codec import decode_json, error_event, sse_events, sse_frame
 from .documents import FollowQuery, documents_stream
-from .server import ChatServer, HasServer, current_server, guarded
+from .server import ChatServer, HasServer, body_of, current_server, guarded
 
 sse_blueprint = Blueprint("quart_chat_sse", __name__)
 guarded(sse_blueprint)
@@ -64,9 +64,8 @@ class ChatSSERunner:
                 return Response("", 204)
         user = await self._server.guard.identify(asking)
         self._server.guard.take_message(user.id)
-        command = parse_message(
-            await asking.get_data(as_text=False), asking.headers.get("Idempotency-Key")
-        )
+        body = await body_of(asking, self._server.settings)
+        command = parse_message(body, asking.headers.get("Idempotency-Key"))
         stateless = self._server.settings.storage == "memory"
         sent = await self._server.conversation.send(user.id, command, history_allowed=stateless)
         return self._stream(user, sent, command.id)
@@ -109,7 +108,7 @@ def _position(last_event_id: str) -> tuple[str, int]:
     return run_id, int(seq)
 
 
-def parse_message(body: str | bytes, idempotency_key: str | None) -> SendMessage:
+def parse_message(body: bytes, idempotency_key: str | None) -> SendMessage:
     """The one message of a body.
 
     Raises:

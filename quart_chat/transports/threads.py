@@ -31,7 +31,7 @@ from .documents import (
     ThreadQuery,
     documents_errors,
 )
-from .server import ChatServer, current_server, guarded
+from .server import ChatServer, body_of, current_server, guarded
 
 threads_blueprint = Blueprint("quart_chat_threads", __name__)
 guarded(threads_blueprint)
@@ -45,7 +45,7 @@ async def _asked() -> tuple[ChatServer, str]:
 
 
 async def _body(model: type[M]) -> M:
-    raw = await request.get_data()
+    raw = await body_of(request, current_server().settings)
     data = decode_json(raw) if raw else {}
     if not isinstance(data, dict):
         raise InvalidMessage("The body is one JSON object.")
