@@ -73,6 +73,8 @@ class QuartChat:
             ConfigurationError: A ``CHAT_`` key is wrong.
         """
         settings = resolve(app.config)
+        if settings.environment == "production" and app.debug:
+            raise ConfigurationError("DEBUG: it shows tracebacks; unset it in production.")
         lifetime = ChatLifetime(self, settings)
         app.extensions[EXTENSION] = lifetime
         app.config.setdefault("QUART_SCHEMA_CONVERT_CASING", False)

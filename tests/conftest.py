@@ -83,6 +83,8 @@ async def start(
         "error",
         "-W",
         "ignore::DeprecationWarning",
+        "-W",
+        "ignore:Sending a large body:ResourceWarning",
         "-m",
         "quart_chat",
         "chat-server",

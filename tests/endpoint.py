@@ -90,7 +90,6 @@ class Exchange:
 
     async def refuse(self, status: int, error: dict[str, Any], headers: str = "") -> None:
         body = json.dumps({"error": error}).encode()
-        self.begun = True
         self.writer.write(
             f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nx-should-retry: false\r\n"
             f"{headers}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
@@ -211,7 +210,8 @@ async def _no_usage(exchange: Exchange) -> None:
 
 async def _cut(exchange: Exchange) -> None:
     await exchange.send(text("before the cut "))
-    exchange.writer.transport.abort()
+    await exchange.endpoint.gate("cut").wait()
+    exchange.begun = False  # no last chunk: the body is not complete
 
 
 async def _stream_error(exchange: Exchange) -> None:

@@ -98,6 +98,11 @@ def sources(settings: Settings, stack: AsyncExitStack) -> list[Source]:
         raise ConfigurationError(
             f"CHAT_DEFAULT_PROVIDER: {default!r} is not configured ({choices} are). {hint}"
         )
+    for source in found:
+        if source.name == (default or found[0].name) and isinstance(
+            source.provider, OpenAIProvider
+        ):
+            source.provider.warm_up()
     return found
 
 

@@ -202,11 +202,19 @@ class OpenAIProvider:
         self._find = endpoint
         self._opening: asyncio.Task[tuple[Any, Endpoint]] | None = None
 
+    def warm_up(self) -> None:
+        """Begin to open, so that the first question does not have to wait for it."""
+        self._begin_opening().add_done_callback(_retrieved)
+
     async def open(self) -> tuple[Any, Endpoint]:
         """The SDK's client; importing it takes a second, so it happens once, in a thread."""
-        if self._opening is None or (self._opening.done() and self._opening.exception()):
-            self._opening = asyncio.create_task(self._open())
-        return await asyncio.shield(self._opening)
+        return await asyncio.shield(self._begin_opening())
+
+    def _begin_opening(self) -> asyncio.Task[tuple[Any, Endpoint]]:
+        opening = self._opening
+        if opening is None or (opening.done() and (opening.cancelled() or opening.exception())):
+            opening = self._opening = asyncio.create_task(self._open())
+        return opening
 
     async def _open(self) -> tuple[Any, Endpoint]:
         endpoint = await self._find()
@@ -253,6 +261,7 @@ class OpenAIProvider:
             raise ProviderError("The provider broke off in the middle of its answer.")
 
     def _translated(self, error: Exception) -> Exception:
+        import aiohttp
         import httpx2
         import openai
 
@@ -263,12 +272,34 @@ class OpenAIProvider:
             found = failure(error.status_code, body, _retry_after(error.response.headers))
             logger.warning("%s answered %s: %s", self._name, error.status_code, found.code)
             return found
-        if isinstance(error, openai.APITimeoutError | httpx2.TimeoutException):
+        timed_out = isinstance(error, openai.APITimeoutError | httpx2.TimeoutException)
+        if timed_out and not _refused_connection(error):
             return ProviderError("The provider did not answer in time.", code="provider_timeout")
-        if isinstance(error, openai.APIConnectionError | httpx2.TransportError | OSError):
+        if isinstance(error, aiohttp.ClientResponseError):
+            return _bad_response()
+        if isinstance(
+            error,
+            openai.APIConnectionError | httpx2.TransportError | aiohttp.ClientError | OSError,
+        ):
             logger.warning("%s can not be reached: %s", self._name, type(error).__name__)
             return ProviderError("The connection to the model's provider failed.")
         return error
+
+
+def _retrieved(opening: asyncio.Task[Any]) -> None:
+    if not opening.cancelled():
+        opening.exception()
+
+
+def _refused_connection(error: BaseException | None) -> bool:
+    """Whether a connection could not be made or broke, which the SDK reports as a time-out."""
+    import aiohttp
+
+    while error is not None:
+        if isinstance(error, aiohttp.ClientConnectionError):
+            return not isinstance(error, aiohttp.ServerTimeoutError)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _body(request: ProviderRequest, endpoint: Endpoint) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class SupabaseAuthenticator:
         )
         self._keys: dict[str, jwt.PyJWK] = {}
         self._asked_at: float | None = None
+        self._asked_for_unknown_at = float("-inf")
         self._asking: asyncio.Task[None] | None = None
         self._answers: OrderedDict[bytes, _Answer] = OrderedDict()
         self._verifying: dict[bytes, asyncio.Task[User | None]] = {}
@@ -127,7 +128,10 @@ class SupabaseAuthenticator:
             if age > KEYS_SECONDS:
                 self._begin_asking()  # the known key serves meanwhile
             return known
-        if self._asking is not None or age > UNKNOWN_KEY_SECONDS:
+        if self._asking is not None:
+            await self._ask_for_keys()
+        elif time.monotonic() - self._asked_for_unknown_at > UNKNOWN_KEY_SECONDS:
+            self._asked_for_unknown_at = time.monotonic()
             await self._ask_for_keys()
         if (key := self._keys.get(key_id)) is None:
             raise NotAuthenticated
@@ -175,16 +179,16 @@ class SupabaseAuthenticator:
         try:
             response = await self._client.get_user(token)
         except AuthApiError as error:
-            if error.status >= 500:
+            if error.status not in (401, 403):
                 raise NotAuthenticated(UNREACHABLE) from None
             found = None
-        except (AuthError, httpx.HTTPError):
+        except (AuthError, httpx.HTTPError, ValueError):
             raise NotAuthenticated(UNREACHABLE) from None
         else:
             same = response is not None and response.user.id == claims["sub"]
             found = _user(claims) if same else None
         kept = REFUSED_SECONDS if found is None else CACHED_TOKEN_SECONDS
-        until = min(time.time() + kept, float(claims["exp"]) + SKEW_SECONDS)
+        until = min(time.time() + kept, float(claims["exp"]))
         self._answers[digest] = _Answer(found, until)
         if len(self._answers) > CACHED_TOKENS:
             self._answers.popitem(last=False)

@@ -104,6 +104,8 @@ class Guard:
     async def verify(self, token: str) -> User:
         """The user of a token. Raises NotAuthenticated."""
         if self.authenticator is None:
+            if not self.is_local:
+                raise NotAuthenticated("This server takes no tokens; sign in as the page says.")
             return User(LOCAL_USER)
         try:
             async with asyncio.timeout(self._settings.handshake_timeout):

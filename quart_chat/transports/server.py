@@ -136,6 +136,8 @@ def guarded(blueprint: Blueprint) -> None:
     @blueprint.errorhandler(Exception)
     async def refuse(error: Exception) -> Response:
         response = error_response(as_chat_error(error))
+        if request.content_length and request.http_version in ("1.0", "1.1"):
+            response.headers["Connection"] = "close"  # the body may not have been read
         if isinstance(error, HTTPException):
             for name, value in error.get_headers():
                 if name in ("Allow", "Retry-After"):

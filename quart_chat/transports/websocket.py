@@ -87,6 +87,9 @@ class ChatWebSocketRunner:
             await socket.close(1008, error.close_reason)
         except TooManyConnections:
             await socket.close(1013, "Too many connections")
+        except Exception as error:
+            as_chat_error(error)
+            await socket.close(1011, "Internal error")
 
 
 class _Connection:

@@ -1,0 +1,90 @@
+"""Applications that embed the chat, each run by ``hypercorn`` as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from conftest import clean_environment
+from quart import Quart, Request, Websocket
+
+from quart_chat import QuartChat, sse_blueprint, threads_blueprint, websocket_blueprint
+
+KEYS = {"key-of-ada": "ada", "key-of-grace": "grace"}
+
+
+class Host:
+    """An application under hypercorn; looks to the small clients like our own server."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
+        self.process = process
+        self.host, self.port = "127.0.0.1", port
+        self.stderr: list[str] = []
+        self.reader = asyncio.ensure_future(self._read())
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def ws(self) -> str:
+        return f"ws://{self.host}:{self.port}/chat"
+
+    def log(self) -> str:
+        return "".join(self.stderr)
+
+    async def _read(self) -> None:
+        assert self.process.stderr
+        async for line in self.process.stderr:
+            self.stderr.append(line.decode())
+
+
+@asynccontextmanager
+async def hypercorn(
+    application: str, folder: Path, cwd: Path, environ: dict[str, str]
+) -> AsyncIterator[Any]:
+    """``hypercorn application`` on a free port, ended with SIGTERM."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hypercorn", application, "--bind", "127.0.0.1:0"),
+        env={**clean_environment(), "PYTHONPATH": str(folder), **environ},
+        cwd=cwd,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr
+    said = ""
+    while (found := re.search(r"Running on http://127\.0\.0\.1:(\d+)", said)) is None:
+        line = await asyncio.wait_for(process.stderr.readline(), 60)
+        assert line, said
+        said += line.decode()
+    host = Host(process, int(found[1]))
+    try:
+        yield host
+    finally:
+        process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(process.wait(), 60)
+        await host.reader
+
+
+def keyed_app() -> Quart:
+    """A host whose users have API keys, some of which do harm."""
+    app = Quart(__name__)
+    app.config.from_prefixed_env()
+    chat = QuartChat(app)
+    app.register_blueprint(websocket_blueprint, url_prefix="/chat")
+    app.register_blueprint(sse_blueprint, url_prefix="/chat/sse")
+    app.register_blueprint(threads_blueprint, url_prefix="/chat")
+
+    @chat.authenticate
+    def by_key(asking: Request | Websocket) -> str | None:
+        key = asking.headers.get("X-API-Key", "")
+        if key == "crash":
+            raise LookupError("the password of the database is hunter2")
+        return KEYS.get(key)
+
+    return app
