@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from quart import Quart, Response
+from quart import Quart, Response, request
 from quart_schema import Info, QuartSchema
 
 from .extension import QuartChat
 from .transports.health import health_blueprint
-from .transports.server import EXTENSION, as_chat_error, error_response
+from .transports.server import EXTENSION, as_chat_error, error_response, secured
 from .transports.sse import sse_blueprint
 from .transports.threads import threads_blueprint
 from .transports.websocket import websocket_blueprint
 
 MOUNT = "/chat"
+DOCS = "/docs"
 
 
 def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None = None) -> Quart:
@@ -47,6 +48,12 @@ def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None =
         app.register_blueprint(sse_blueprint, url_prefix=f"{MOUNT}/sse")
     app.register_blueprint(threads_blueprint, url_prefix=MOUNT)
     app.register_blueprint(health_blueprint)
+
+    @app.after_request
+    async def finish(response: Response) -> Response:
+        if request.path == DOCS:  # the page loads its scripts and styles from a CDN
+            response.headers["Content-Security-Policy"] = "frame-ancestors 'none'"
+        return secured(response)
 
     @app.errorhandler(Exception)
     async def refuse(error: Exception) -> Response:

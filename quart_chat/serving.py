@@ -12,7 +12,11 @@ from typing import Any
 
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
+from hypercorn.protocol import h2, h11
+from hypercorn.protocol.events import Event
+from hypercorn.protocol.ws_stream import WSStream
 from quart import Quart
+from wsproto.events import Ping
 
 from .config import Settings
 from .errors import ConfigurationError
@@ -99,6 +103,31 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
+class PingedStream(WSStream):
+    """Hypercorn's WebSocket with a timer for its pings.
+
+    Hypercorn's own task for them sleeps on for up to 20 s after the socket has gone, and keeps its
+    connection and file open for so long.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    async def handle(self, event: Event) -> None:
+        await super().handle(event)
+        if self.closed and self._timer is not None:
+            self._timer.cancel()
+
+    async def _send_pings(self) -> None:
+        await self._send_wsproto_event(Ping())
+        if not self.closed and self.config.websocket_ping_interval is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self.config.websocket_ping_interval, self._again)
+
+    def _again(self) -> None:
+        if not self.closed:
+            self.task_group.spawn(self._send_pings)
+
+
 class _Serving:
     def __init__(self, app: Quart, listener: socket.socket, ready: Callable[[], None]) -> None:
         self._app = app
@@ -112,6 +141,7 @@ class _Serving:
     async def run(self) -> None:
         await self._chat.open()
         self._listen_to_signals()
+        h11.WSStream = h2.WSStream = PingedStream  # type: ignore[attr-defined]
         config = hypercorn_config(self._chat.settings, self._listener.detach())
         server = asyncio.create_task(
             hypercorn_serve(self._app, config, shutdown_trigger=self._until_drained)

@@ -126,6 +126,12 @@ async def shared_endpoint() -> AsyncIterator[Endpoint]:
         yield found
 
 
+@pytest.fixture(scope="session")
+async def runner() -> asyncio.AbstractEventLoop:
+    """The loop of all tests, for property tests, which hypothesis calls as plain functions."""
+    return asyncio.get_running_loop()
+
+
 def providers(endpoint: Endpoint, **more: Any) -> dict[str, Any]:
     """The setting that makes the scripted endpoint the one provider."""
     return {

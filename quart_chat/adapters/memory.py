@@ -30,7 +30,7 @@ Key = tuple[str, str]
 
 def search_words(query: str) -> list[str]:
     """The words of a search: each has to begin a word of the text."""
-    return re.findall(r"\w+", query.casefold())
+    return re.findall(r"\w+", query.lower())
 
 
 def _matches(words: Sequence[str], text: str | None) -> bool:
@@ -104,9 +104,14 @@ class MemoryStorage:
     ) -> Sequence[Message]:
         key = (user, messages[0].thread_id)
         kept = self._kept.get(key)
+        known = {*kept.messages} if kept is not None else set()
+        for message in messages:
+            if message.parent_id is not None and message.parent_id not in known:
+                raise NotFound(f"There is no message {message.parent_id!r} in this thread.")
+            known.add(message.id)
         if kept is None:
-            if not create or messages[0].parent_id is not None:
-                raise NotFound("There is no such thread or parent message.")
+            if not create:
+                raise NotFound("There is no such thread.")
             kept = self._kept[key] = _Kept(Thread(id=key[1]), titled=False)
         stored = [self._add(kept, message) for message in messages]
         self._evict(key)
@@ -118,8 +123,6 @@ class MemoryStorage:
         parent_id = message.parent_id
         if parent_id is None and message.role == "user" and kept.messages:
             parent_id = next(reversed(kept.messages))
-        if parent_id is not None and parent_id not in kept.messages:
-            raise NotFound(f"parent_id: there is no message {parent_id!r} in this thread.")
         position = kept.thread.message_count + 1
         stored = replace(message, parent_id=parent_id, position=position)
         kept.messages[stored.id] = stored
@@ -182,8 +185,8 @@ class MemoryStorage:
 
 
 def _first_title(kept: _Kept) -> str | None:
-    first = next((m for m in kept.messages.values() if m.role == "user"), None)
-    return title_from(first.content) if first else None
+    titles = (title_from(m.content) for m in kept.messages.values() if m.role == "user")
+    return next((title for title in titles if title), None)
 
 
 def _path(kept: _Kept, leaf: str | None) -> list[Message]:

@@ -96,46 +96,54 @@ class ChunkReader:
 
         self._parse = jiter.from_json
         self._half = ""
+        self._pieces: list[str] = []
+        self._reasoning = False
         self.finished = False
+        self.failure: ProviderError | None = None
 
     def read(self, events: Sequence[bytes]) -> list[Delta]:
-        """What a read's events say.
-
-        Raises:
-            ProviderError: They say that the provider failed, or nothing that makes sense.
-        """
+        """What a read's events say, up to a ``failure`` among them."""
         deltas: list[Delta] = []
-        pieces: list[str] = []
-        reasoning = False
-        for data in events:
-            if data == b"[DONE]":
-                self.finished = True
-                continue
-            chunk = self._chunk(data)
-            choices = chunk.get("choices")
-            if choices:
-                choice = choices[0]
-                delta = choice.get("delta") or {}
-                text = delta.get("content")
-                thought = delta.get("reasoning_content") or delta.get("reasoning")
-                for piece, is_reasoning in ((thought, True), (text, False)):
-                    if not piece or not isinstance(piece, str):
-                        continue
-                    if is_reasoning is not reasoning and pieces:
-                        deltas.append(self._text(pieces, reasoning))
-                        pieces = []
-                    reasoning = is_reasoning
-                    pieces.append(piece)
-                if delta.get("tool_calls") or choice.get("finish_reason"):
-                    if pieces:
-                        deltas.append(self._text(pieces, reasoning))
-                        pieces = []
-                    deltas += self._rest_of(choice, delta)
-            if chunk.get("usage"):
-                deltas += _usage(chunk["usage"])
-        if pieces:
-            deltas.append(self._text(pieces, reasoning))
-        return [d for d in deltas if not isinstance(d, TextDelta) or d.text]
+        try:
+            for data in events:
+                if data == b"[DONE]":
+                    self.finished = True
+                else:
+                    self._take(self._chunk(data), deltas)
+        except ProviderError as failure:
+            self.failure = failure
+        self._flush(deltas)
+        return deltas
+
+    def _take(self, chunk: dict[str, Any], deltas: list[Delta]) -> None:
+        choices = chunk.get("choices")
+        if choices:
+            choice = choices[0]
+            delta = choice.get("delta") or {}
+            thought = delta.get("reasoning_content") or delta.get("reasoning")
+            if thought and isinstance(thought, str):
+                self._add(thought, True, deltas)
+            text = delta.get("content")
+            if text and isinstance(text, str):
+                self._add(text, False, deltas)
+            if delta.get("tool_calls") or choice.get("finish_reason"):
+                self._flush(deltas)
+                deltas += self._rest_of(choice, delta)
+        if chunk.get("usage"):
+            deltas += _usage(chunk["usage"])
+
+    def _add(self, piece: str, reasoning: bool, deltas: list[Delta]) -> None:
+        if reasoning is not self._reasoning:
+            self._flush(deltas)
+            self._reasoning = reasoning
+        self._pieces.append(piece)
+
+    def _flush(self, deltas: list[Delta]) -> None:
+        if self._pieces:
+            delta = self._text(self._pieces, self._reasoning)
+            self._pieces = []
+            if delta.text:
+                deltas.append(delta)
 
     def _chunk(self, data: bytes) -> dict[str, Any]:
         try:
@@ -251,12 +259,16 @@ class OpenAIProvider:
                 async for chunk in response.http_response.stream:
                     if deltas := reader.read(decoder.feed(chunk)):
                         yield deltas
+                    if reader.failure is not None:
+                        raise reader.failure
         except ProviderError:
             raise
         except Exception as error:
             raise self._translated(error) from error
         if deltas := reader.read(decoder.end()):
             yield deltas
+        if reader.failure is not None:
+            raise reader.failure
         if not reader.finished:
             raise ProviderError("The provider broke off in the middle of its answer.")
 

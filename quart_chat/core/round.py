@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,9 @@ from .ports import (
 
 CHARS_PER_TOKEN = 4
 """How tokens are estimated where a provider does not count them."""
+
+RELIEF_CHARS = 512 * 1024
+"""After so much text the log is given time to write it down: no provider outruns the disk."""
 
 
 class Round:
@@ -49,19 +52,25 @@ class Round:
             -(-prompt // CHARS_PER_TOKEN), -(-self._chars // CHARS_PER_TOKEN), estimated=True
         )
 
-    async def stream(self, provider: Provider, idle_timeout: float) -> None:
-        """Ask, and append what comes until the provider ends.
+    async def stream(
+        self, provider: Provider, idle_timeout: float, relieve: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Ask, and append what comes until the provider ends; ``relieve`` is awaited at times.
 
         Raises:
             ProviderError: The provider failed, or sent nothing for ``idle_timeout`` seconds.
         """
         loop = asyncio.get_running_loop()
         self._heard = loop.time()
+        relieved_at = self._chars
         watch = _Silence(idle_timeout, lambda: self._heard)
         async with watch, aclosing(provider.stream(self._request)) as stream:
             async for deltas in stream:
                 self._heard = loop.time()
                 self._take(deltas)
+                if self._chars - relieved_at > RELIEF_CHARS:
+                    relieved_at = self._chars
+                    await relieve()
 
     def _take(self, deltas: Sequence[Delta]) -> None:
         events: list[Event] = []

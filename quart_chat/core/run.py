@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,7 +222,12 @@ class Run:
         if self._round is not None:
             self._usage += self._round.usage
         self._round = Round(request, self._append)
-        await self._round.stream(turn.provider, self._limits.provider_idle_timeout)
+        seconds = self._limits.provider_idle_timeout
+        await self._round.stream(turn.provider, seconds, self._relieve)
+
+    async def _relieve(self) -> None:
+        with suppress(StorageUnavailable):  # the client keeps getting its stream
+            await self._log.flush(self.id)
 
     def _prompt(self) -> list[ProviderMessage]:
         system = self._limits.system_prompt
@@ -272,10 +278,7 @@ class Run:
         usage = self._usage + self._round.usage if self._round else self._usage
         self.on_finished(self)
         self._append([*stored, End(status, outcome.finish_reason, usage.as_json())])
-        try:
-            await self._log.flush(self.id)
-        except StorageUnavailable:
-            logger.warning("the last events of run %s are not durable yet", self.id)
+        await self._relieve()
 
     async def _store_answer(self, status: Status) -> list[Event]:
         draft = await self._draft()

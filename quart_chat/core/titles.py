@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 from ..errors import ChatError
-from .events import Event
+from .events import Content, Event
 from .messages import TITLE_CHARS, Message, text_of
 from .models import Models
 from .ports import ProviderMessage, ProviderRequest, Storage
@@ -44,18 +45,18 @@ class Titles:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _make(self, user: str, first: Message) -> None:
-        source, model = self._models.choose(first.provider, self._model)
         question = text_of(first.content)[:ASKED_CHARS]
         messages = [ProviderMessage("system", INSTRUCTION), ProviderMessage("user", question)]
         pieces: list[str] = []
 
-        def keep(events: list[Event]) -> None:
-            pieces.extend(e.content for e in events if e.type == "content")  # type: ignore[union-attr]
+        def keep(events: Sequence[Event]) -> None:
+            pieces.extend(event.content for event in events if isinstance(event, Content))
 
         try:
+            source, model = self._models.choose(None, self._model)
             request = ProviderRequest(model, messages, options={"max_tokens": 32})
             async with asyncio.timeout(TITLE_SECONDS):
-                await Round(request, keep).stream(source.provider, TITLE_SECONDS)  # type: ignore[arg-type]
+                await Round(request, keep).stream(source.provider, TITLE_SECONDS, _no_relief)
             if title := " ".join("".join(pieces).split()).strip("\"'*# .")[:TITLE_CHARS]:
                 changes = {"title": title}
                 await self._storage.update_thread(
@@ -63,3 +64,7 @@ class Titles:
                 )
         except (ChatError, TimeoutError) as error:
             logger.warning("no title was made: %s", type(error).__name__)
+
+
+async def _no_relief() -> None:
+    """A title is never long."""

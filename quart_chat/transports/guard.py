@@ -6,8 +6,7 @@ import asyncio
 import inspect
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -68,6 +67,25 @@ class Rate:
             self._arrivals.popitem(last=False)
 
 
+class Place:
+    """A counted connection; given back once, at the latest when nobody holds it any more."""
+
+    def __init__(self, connections: Counter[str], user: str) -> None:
+        self._connections = connections
+        self._user: str | None = user
+        connections[user] += 1
+
+    def release(self) -> None:
+        """Count the connection no longer."""
+        user, self._user = self._user, None
+        if user is not None:
+            self._connections[user] -= 1
+            if not self._connections[user]:
+                del self._connections[user]
+
+    __del__ = release
+
+
 class Guard:
     """The rules of one application."""
 
@@ -77,7 +95,6 @@ class Guard:
         self._settings = settings
         self._rate = Rate(settings.rate_limit) if settings.rate_limit else None
         self._connections: Counter[str] = Counter()
-        self._total = 0
 
     @property
     def is_local(self) -> bool:
@@ -129,43 +146,40 @@ class Guard:
         if self._rate is not None:
             self._rate.take(user)
 
-    def admit_connection(self, user: str) -> None:
-        """Refuse a socket or stream that would be one too many. Raises TooManyConnections."""
+    def take_place(self, user: str) -> Place:
+        """Count a socket or stream from now on. Raises TooManyConnections."""
         mine = self._settings.max_connections_per_user
-        if self._total >= self._settings.max_connections or (
+        if self._connections.total() >= self._settings.max_connections or (
             mine is not None and self._connections[user] >= mine
         ):
             raise TooManyConnections(retry_after=1)
-
-    @contextmanager
-    def connection(self, user: str) -> Iterator[None]:
-        """Count an open socket or stream."""
-        self._connections[user] += 1
-        self._total += 1
-        try:
-            yield
-        finally:
-            self._total -= 1
-            self._connections[user] -= 1
-            if not self._connections[user]:
-                del self._connections[user]
+        return Place(self._connections, user)
 
     def check_origin(self, asking: Asking) -> None:
         """Refuse pages of other origins; what is no browser sends none. Raises ForbiddenOrigin."""
         origin = asking.headers.get("Origin")
         if origin is not None and not self._allows(origin, asking):
             raise ForbiddenOrigin
+        if origin is None and self._is_rebound(asking):
+            raise ForbiddenOrigin
+
+    def _is_rebound(self, asking: Asking) -> bool:
+        """Whether a page got here by a name of its own that resolves to this machine."""
+        if not (self.is_local and _bound_to_loopback(asking)):
+            return False
+        host = asking.headers.get("Host", "")
+        listed = {each.partition("://")[2] for each in self._settings.allowed_origins}
+        return bool(host) and not loopback(_hostname(f"//{host}")) and host not in listed
 
     def _allows(self, origin: str, asking: Asking) -> bool:
         allowed = self._settings.allowed_origins
         if "*" in allowed or origin in allowed:
             return True
-        parts = urlsplit(origin)
-        local = self.is_local and _bound_to_loopback(asking)
-        if local:
+        if self.is_local and _bound_to_loopback(asking):
             # A page of any other name that resolves to this machine is an attack (DNS rebinding).
-            return loopback(parts.hostname or "")
-        return parts.netloc != "" and parts.netloc.lower() == asking.host.lower()
+            return loopback(_hostname(origin))
+        _, _, netloc = origin.partition("://")
+        return netloc != "" and netloc.lower() == asking.headers.get("Host", "").lower()
 
     def cors(self, asking: Asking, response: Response) -> None:
         """Let the pages that may read the answer read it."""
@@ -183,6 +197,13 @@ class Guard:
             response.headers["Access-Control-Allow-Methods"] = CORS_METHODS
             response.headers["Access-Control-Allow-Headers"] = CORS_HEADERS
             response.headers["Access-Control-Max-Age"] = "600"
+
+
+def _hostname(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def bearer(asking: Asking) -> str | None:

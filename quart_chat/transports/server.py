@@ -75,13 +75,15 @@ def current_server() -> ChatServer:
 async def body_of(asking: Request, settings: Settings) -> bytes:
     """A request's body, within the bound of a message. Raises TooLarge."""
     bound = settings.max_message_bytes
+    too_large = TooLarge(f"A body has at most {bound} bytes.")
     if (asking.content_length or 0) > bound:
-        raise TooLarge(f"A body has at most {bound} bytes.")
-    body = await asking.get_data()
-    assert isinstance(body, bytes)
-    if len(body) > bound:
-        raise TooLarge(f"A body has at most {bound} bytes.")
-    return body
+        raise too_large
+    body = bytearray()
+    async for piece in asking.body:
+        body += piece
+        if len(body) > bound:
+            raise too_large
+    return bytes(body)
 
 
 def error_response(error: ChatError) -> Response:
@@ -114,6 +116,14 @@ def as_chat_error(error: Exception) -> ChatError:
     return unexpected
 
 
+def secured(response: Response) -> Response:
+    """Set the headers that keep browsers from misreading an answer."""
+    for name, value in SECURITY_HEADERS.items():
+        response.headers.setdefault(name, value)
+    response.headers.setdefault("Cache-Control", NO_STORE)
+    return response
+
+
 def guarded(blueprint: Blueprint) -> None:
     """Give a blueprint's HTTP routes the origin check, CORS, error bodies and security headers."""
 
@@ -128,10 +138,7 @@ def guarded(blueprint: Blueprint) -> None:
     @blueprint.after_request
     async def finish(response: Response) -> Response:
         current_server().guard.cors(request, response)
-        for name, value in SECURITY_HEADERS.items():
-            response.headers.setdefault(name, value)
-        response.headers.setdefault("Cache-Control", NO_STORE)
-        return response
+        return secured(response)
 
     @blueprint.errorhandler(Exception)
     async def refuse(error: Exception) -> Response:

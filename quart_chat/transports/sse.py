@@ -18,6 +18,7 @@ from ..core.runs import STOPPED_BY_USER, Following
 from ..errors import ChatError, InvalidMessage, NothingToResume
 from .codec import decode_json, error_event, sse_events, sse_frame
 from .documents import FollowQuery, documents_stream
+from .guard import Place
 from .server import ChatServer, HasServer, body_of, current_server, guarded
 
 sse_blueprint = Blueprint("quart_chat_sse", __name__)
@@ -56,19 +57,22 @@ class ChatSSERunner:
             ChatError: The request is refused; our own blueprint makes the answer of it.
         """
         asking: Request = getattr(request, "_get_current_object", lambda: request)()
+        guard, settings = self._server.guard, self._server.settings
+        user = await guard.identify(asking, query_token=asking.method == "GET")
+        place = guard.take_place(user.id)
         if asking.method == "GET":
-            user = await self._server.guard.identify(asking, query_token=True)
             try:
-                return self._stream(user, await self._found(asking, user))
+                return self._stream(
+                    _Stream(self._server, user, place, await self._found(asking, user))
+                )
             except NothingToResume:
                 return Response("", 204)
-        user = await self._server.guard.identify(asking)
-        self._server.guard.take_message(user.id)
-        body = await body_of(asking, self._server.settings)
+        body = await body_of(asking, settings)
         command = parse_message(body, asking.headers.get("Idempotency-Key"))
-        stateless = self._server.settings.storage == "memory"
+        guard.take_message(user.id)
+        stateless = settings.storage == "memory"
         sent = await self._server.conversation.send(user.id, command, history_allowed=stateless)
-        return self._stream(user, sent, command.id)
+        return self._stream(_Stream(self._server, user, place, sent, command.id))
 
     async def _found(self, asking: Request, user: User) -> Following:
         arguments = asking.args
@@ -83,11 +87,7 @@ class ChatSSERunner:
             user.id, run_id=run_id or None, thread_id=thread_id or None, after=after
         )
 
-    def _stream(
-        self, user: User, sent: Following | Queued, reply_to: str | None = None
-    ) -> Response:
-        self._server.guard.admit_connection(user.id)
-        stream = _Stream(self._server, user, sent, reply_to)
+    def _stream(self, stream: _Stream) -> Response:
         response = Response(stream.frames(), content_type="text/event-stream; charset=utf-8")
         response.timeout = None
         response.headers["Cache-Control"] = "no-cache"
@@ -129,8 +129,14 @@ class _Stream:
     """One response body. It ends after ``end``; when the server goes away it is broken off."""
 
     def __init__(
-        self, server: ChatServer, user: User, sent: Following | Queued, reply_to: str | None
+        self,
+        server: ChatServer,
+        user: User,
+        place: Place,
+        sent: Following | Queued,
+        reply_to: str | None = None,
     ) -> None:
+        self._place = place
         self.thread_id = sent.thread_id if isinstance(sent, Queued) else sent.record.thread_id
         self._server = server
         self._user = user
@@ -151,11 +157,11 @@ class _Stream:
         if presence is not None:
             presence.arrive(self._user.id, self.thread_id)
         try:
-            with self._server.guard.connection(self._user.id):
-                yield OPEN
-                async for frames in self._frames(pulse):
-                    yield frames
+            yield OPEN
+            async for frames in self._frames(pulse):
+                yield frames
         finally:
+            self._place.release()
             pulse.stop()
             self._server.closers.discard(break_off)
             if presence is not None:

@@ -78,9 +78,11 @@ class ChatWebSocketRunner:
         try:
             guard.check_origin(socket)
             user = await guard.identify(socket, query_token=True)
-            guard.admit_connection(user.id)
-            with guard.connection(user.id):
+            place = guard.take_place(user.id)
+            try:
                 await _Connection(self._server, socket, user).serve()
+            finally:
+                place.release()
         except ForbiddenOrigin as error:
             await socket.close(1008, error.close_reason)
         except NotAuthenticated as error:
@@ -263,9 +265,10 @@ class _Connection:
             targets = [(record.thread_id, None) for record in mine]
         if not targets:
             raise NotRunning
+        follows = {*self._followers}
         for thread_id, run_id in targets:
             record, (seq, event) = await self._chat.stop(user, thread_id=thread_id, run_id=run_id)
-            if record.id not in self._followers:
+            if record.id not in follows:
                 await reply(event_of(record, seq, event))
 
     def _follow(self, following: Following, text: bool) -> None:

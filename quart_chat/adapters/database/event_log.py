@@ -135,6 +135,7 @@ class DatabaseEventLog:
         while live.written < upto and self._live.get(run_id) is live:
             if self._written is None:
                 self._written = asyncio.get_running_loop().create_future()
+            self._work.set()
             self._hurry.set()
             await asyncio.shield(self._written)
 

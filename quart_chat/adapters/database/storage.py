@@ -17,6 +17,12 @@ from .connection import Database, inside
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 EXPORT_PAGE = 500
 
+MAX_SEGMENTS = 400
+"""SQLite joins at most 500 selects in a statement."""
+
+POSTGRES_WORDS = "regexp_replace(lower({}), '\\W+', ' ', 'g')"
+"""What is indexed: without it the parser takes addresses, versions and file names for one word."""
+
 MESSAGE_COLUMNS = (
     "user_id, thread_id, id, position, branch, lineage, parent_id, run_id, role, text, parts, "
     "reasoning, tool_calls, tool_call_id, name, model, provider, status, token_usage, feedback, "
@@ -121,7 +127,7 @@ class DatabaseStorage:
         where: list[str] = ["t.user_id = ?"]
         values: list[Any] = [user]
         if query:
-            words = re.findall(r"\w+", query.casefold())
+            words = re.findall(r"\w+", query.lower())
             if not words:
                 return []
             condition, searched = self._search(user, words)
@@ -148,12 +154,18 @@ class DatabaseStorage:
                 "JOIN chat_messages m ON m.row_id = s.rowid "
                 "WHERE chat_message_search MATCH ? AND m.user_id = ?))"
             ), [match, match, user]
-        terms = " & ".join(f"{word}:*" for word in words)
-        vector = "to_tsvector('simple', left(coalesce({}, ''), 200000)) @@ to_tsquery('simple', ?)"
+        query = POSTGRES_WORDS.format("?::text")
+        query = f"to_tsquery('simple', replace(btrim({query}), ' ', ':* & ') || ':*')"
+
+        def matches(column: str) -> str:
+            body = POSTGRES_WORDS.format(f"left(coalesce({column}, ''), 200000)")
+            return f"to_tsvector('simple', {body}) @@ {query}"
+
+        text = " ".join(words)
         return (
-            f"({vector.format('t.title')} OR t.id IN (SELECT m.thread_id FROM chat_messages m "
-            f"WHERE m.user_id = ? AND {vector.format('m.text')}))"
-        ), [terms, user, terms]
+            f"({matches('t.title')} OR t.id IN (SELECT m.thread_id FROM chat_messages m "
+            f"WHERE m.user_id = ? AND {matches('m.text')}))"
+        ), [text, user, text]
 
     @inside
     async def thread(self, user: str, thread_id: str) -> Thread:
@@ -346,11 +358,14 @@ class DatabaseStorage:
 
     @inside
     async def messages(self, user: str, thread_id: str, window: Window) -> Sequence[Message]:
-        if window.limit == 1 and window.leaf is not None and window.order == "desc":
+        leaf_alone = window.limit == 1 and window.order == "desc" and window.after is None
+        if leaf_alone and window.leaf is not None:
             return [await self._get(user, thread_id, window.leaf)]
         if window.branch == "all":
             await self._thread_row(user, thread_id)
-            return await self._read(user, thread_id, window, [])
+            if window.leaf is not None:
+                await self._place(user, thread_id, window.leaf)
+            return await self._read_some(user, thread_id, window, None)
         if window.leaf is not None:
             place = await self._place(user, thread_id, window.leaf)
         else:
@@ -364,24 +379,34 @@ class DatabaseStorage:
     ) -> list[Message]:
         """Each segment of the path by its index, at most a page of it, and a page of all those."""
         ascending = window.order == "asc"
-        order = "ASC" if ascending else "DESC"
+        if window.after is not None and ascending:
+            segments = [s for s in segments if s[1] > window.after]
+        if not ascending:
+            segments = segments[::-1]
+        found: list[Message] = []
+        for start in range(0, len(segments), MAX_SEGMENTS):
+            chunk = segments[start : start + MAX_SEGMENTS]
+            found += await self._read_some(user, thread_id, window, chunk)
+            if len(found) >= window.limit:
+                break
+        return found[: window.limit]
+
+    async def _read_some(
+        self, user: str, thread_id: str, window: Window, segments: list[list[int]] | None
+    ) -> list[Message]:
+        order = window.order.upper()
         paging, after = "", []
         if window.after is not None:
-            paging, after = f" AND position {'>' if ascending else '<'} ?", [window.after]
-            if ascending:
-                segments = [s for s in segments if s[1] > window.after]
-        segments = segments[: window.limit] if ascending else segments[-window.limit :]
+            paging, after = f" AND position {'>' if order == 'ASC' else '<'} ?", [window.after]
         whole = "SELECT * FROM chat_messages WHERE user_id = ? AND thread_id = ?"
         selects: list[str] = []
         values: list[Any] = []
-        for branch, upto in segments:
+        for branch, upto in segments or ():
             part = f"{whole} AND branch = ? AND position <= ?{paging}"
             part += f" ORDER BY position {order} LIMIT ?"
             selects.append(f"SELECT * FROM ({part}) AS s{len(selects)}")
             values += [user, thread_id, branch, upto, *after, window.limit]
-        if not segments:
-            if window.branch == "current":
-                return []
+        if segments is None:
             selects, values = [f"{whole}{paging}"], [user, thread_id, *after]
         rows = await self._database.fetch(
             f"{' UNION ALL '.join(selects)} ORDER BY position {order} LIMIT ?",
@@ -429,7 +454,20 @@ class DatabaseStorage:
             for row in rows:
                 await self._erase_one(user, row["id"])
             count += len(rows)
+        await self._erase_rest(user)
         return count
+
+    @inside
+    async def _erase_rest(self, user: str) -> None:
+        """What a thread's deletion by another process may have left."""
+        of_user = "WHERE user_id = ?"
+        async with self._database.transaction():
+            await self._database.execute(
+                f"DELETE FROM chat_events WHERE run_id IN (SELECT id FROM chat_runs {of_user})",
+                user,
+            )
+            for table in ("chat_runs", "chat_messages"):
+                await self._database.execute(f"DELETE FROM {table} {of_user}", user)
 
     @inside
     async def _erase_one(self, user: str, thread_id: str) -> bool:

@@ -28,7 +28,7 @@ def _sqlite(table: str, index: str, column: str) -> list[str]:
 def _postgres(table: str, index: str, column: str) -> list[str]:
     return [
         f"CREATE INDEX {index} ON {table} "
-        f"USING GIN (to_tsvector('simple', left(coalesce({column}, ''), 200000)))"
+        f"USING GIN (to_tsvector('simple', regexp_replace(lower(left(coalesce({column}, ''), 200000)), '\\W+', ' ', 'g')))"
     ]
 
 
