@@ -214,7 +214,7 @@ def migrate(config: str | None) -> None:
     async def work(stores: Any) -> None:
         click.echo("The database is up to date.")
 
-    _with_stores(config, work)
+    _with_stores(config, work, {"CHAT_MIGRATE": True})
 
 
 @main.command()
@@ -246,7 +246,9 @@ def erase(user: str, yes: bool, config: str | None) -> None:
     _with_stores(config, work)
 
 
-def _with_stores(config: str | None, work: Callable[[Any], Any]) -> None:
+def _with_stores(
+    config: str | None, work: Callable[[Any], Any], given: dict[str, Any] | None = None
+) -> None:
     import asyncio
     from contextlib import AsyncExitStack
 
@@ -258,7 +260,7 @@ def _with_stores(config: str | None, work: Callable[[Any], Any]) -> None:
             await work(await adapters.stores(settings, stack))
 
     with sentences():
-        settings = resolve(_environment() | _from_file(config))
+        settings = resolve(_environment() | _from_file(config) | (given or {}))
         if settings.storage == "memory":
             raise click.UsageError("CHAT_STORAGE is memory; there is no database.")
         asyncio.run(run())

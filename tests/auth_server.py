@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+import pytest
 from conftest import Server, client, connect, providers, start
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from endpoint import Endpoint
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 from websockets.exceptions import ConnectionClosed
@@ -44,6 +46,8 @@ class SigningKey:
             self.private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
             shown = RSAAlgorithm.to_jwk(self.private.public_key(), as_dict=True)
         more = {"alg": algorithm, "kid": self.id, "use": "sig", "key_ops": ["verify"], "ext": True}
+        form = (Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        self.pem: str = self.private.public_key().public_bytes(*form).decode()
         self.public: dict[str, Any] = {**shown, **more}
 
 
@@ -258,7 +262,7 @@ async def remote_server(
     auth: AuthServer, endpoint: Endpoint, cwd: Path, *arguments: str, **settings: Any
 ) -> AsyncIterator[Server]:
     """A server with remote auth; it ends cleanly, and has logged neither secret nor traceback."""
-    given = {"providers": providers(endpoint), "protocol": "both", **settings}
+    given = {"providers": providers(endpoint), "protocol": "both", "drain_timeout": 1, **settings}
     server = await start("--remote-auth", *arguments, environ=auth.environ, cwd=cwd, **given)
     try:
         yield server
@@ -279,8 +283,12 @@ def tampered(token: str, **claims: Any) -> str:
     """The same signature under other claims."""
     head, body, signature = token.split(".")
     known = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
-    changed = base64.urlsafe_b64encode(json.dumps(known | claims).encode()).decode().rstrip("=")
-    return f"{head}.{changed}.{signature}"
+    return f"{head}.{encoded(known | claims)}.{signature}"
+
+
+def encoded(value: Any) -> str:
+    """A value as a part of a token."""
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
 
 
 async def closed(server: Server, **options: Any) -> tuple[int, str]:
@@ -291,12 +299,15 @@ async def closed(server: Server, **options: Any) -> tuple[int, str]:
 
 async def close_of(socket: Any) -> tuple[int, str]:
     """The code and reason of a socket that the server closes; events before that are dropped."""
-    try:
+
+    async def read() -> None:
         while True:
             await socket.receive()
-    except ConnectionClosed as error:
-        assert error.rcvd is not None
-        return error.rcvd.code, error.rcvd.reason
+
+    with pytest.raises(ConnectionClosed) as caught:
+        await read()
+    assert caught.value.rcvd is not None
+    return caught.value.rcvd.code, caught.value.rcvd.reason
 
 
 async def get(server: Server, path: str, token: str = "", **options: Any) -> Any:

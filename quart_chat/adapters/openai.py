@@ -7,6 +7,7 @@ decoded here, all that one read brought at a time, which costs a tenth of the SD
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import json
 import logging
@@ -33,6 +34,9 @@ MAX_RETRIES = 2
 MAX_CONNECTIONS = 100_000
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 """One event of the stream may have so many bytes; a provider that sends more is broken."""
+
+STREAM_HEADERS = {"Accept-Encoding": "identity", "X-Stainless-Raw-Response": "stream"}
+"""No compression, and the SDK's own mark for a response whose body it leaves to the caller."""
 
 HIGH = "\ud800", "\udbff"
 
@@ -94,7 +98,7 @@ class ChunkReader:
     def __init__(self) -> None:
         import jiter
 
-        self._parse = jiter.from_json
+        self._parse = functools.partial(jiter.from_json, cache_mode="keys")
         self._half = ""
         self._pieces: list[str] = []
         self._reasoning = False
@@ -253,14 +257,21 @@ class OpenAIProvider:
         client, endpoint = await self.open()
         decoder, reader = EventDecoder(), ChunkReader()
         try:
-            async with client.chat.completions.with_streaming_response.create(
-                **_body(request, endpoint), extra_headers={"Accept-Encoding": "identity"}
-            ) as response:
+            # The low-level verb: the typed one walks through every message of the history first.
+            response = await client.post(
+                "/chat/completions",
+                body=_body(request, endpoint),
+                cast_to=object,
+                options={"headers": STREAM_HEADERS},
+            )
+            try:
                 async for chunk in response.http_response.stream:
                     if deltas := reader.read(decoder.feed(chunk)):
                         yield deltas
                     if reader.failure is not None:
                         raise reader.failure
+            finally:
+                await response.close()
         except ProviderError:
             raise
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -123,17 +124,27 @@ class Calls:
                 group.create_task(self._result(called, complaints.get(called.tool_call_id)))
                 for called in announced
             ]
-            for task in tasks:
-                self._append([await task])
+            for number, task in enumerate(tasks):
+                try:
+                    self._append([await task])
+                except asyncio.CancelledError:
+                    self._append([t.result() for t in tasks[number:] if _succeeded(t)])
+                    raise
 
     async def _result(self, called: ToolCalled, complaint: str | None) -> ToolReturned:
         try:
-            content, is_error = await self._try(called, complaint)
+            value, is_error = await self._try(called, complaint)
+            content = as_result(value)
         except ToolError as error:
             content, is_error = str(error), True
         except TimeoutError:
             content = f"The tool took over {self._limits.tool_timeout:g} s and was stopped."
             is_error = True
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            content, is_error = f"The tool failed: {type(error).__name__}.", True
         except Exception as error:
             logger.warning("the tool %s failed", called.name, exc_info=True)
             content, is_error = f"The tool failed: {type(error).__name__}.", True
@@ -184,14 +195,16 @@ class Calls:
             del self._awaited[called.tool_call_id]
 
     def _context(self, called: ToolCalled) -> ToolContext:
-        loop = asyncio.get_running_loop()
+        loop, thread = asyncio.get_running_loop(), threading.get_ident()
 
         def append(text: str) -> None:
             if called.tool_call_id in self._unfinished:
                 self._append([ToolProgress(called.tool_call_id, called.name, as_result(text))])
 
         def report(text: str) -> None:
-            if not loop.is_closed():
+            if threading.get_ident() == thread:
+                append(text)
+            elif not loop.is_closed():
                 loop.call_soon_threadsafe(append, text)
 
         return ToolContext(
@@ -201,3 +214,7 @@ class Calls:
             called.tool_call_id,
             report,
         )
+
+
+def _succeeded(task: asyncio.Task[ToolReturned]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None

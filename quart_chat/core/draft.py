@@ -6,7 +6,7 @@ what the log has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from .messages import (
     NOT_FINISHED,
     Message,
     ToolCall,
+    Usage,
     derived_id,
     tool_message,
 )
@@ -39,6 +40,7 @@ class Draft:
     start: Start | None = None
     parent_id: str | None = None
     ended: bool = False
+    usage: Usage = field(default_factory=Usage)
     texts: list[str] = field(default_factory=list)
     reasonings: list[str] = field(default_factory=list)
     calls: dict[str, ToolCalled] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class Draft:
                 self.results[call_id] = event
             case MessageStored(message):
                 self.stored_seq, self.parent_id = seq, message["id"]
+                self.usage += Usage.of(message.get("usage") or {})
                 self.texts, self.reasonings, self.calls, self.results = [], [], {}, {}
             case Start():
                 self.start = event
@@ -82,6 +85,11 @@ async def fold(log: EventLog, run_id: str, after: int) -> Draft:
         for seq, event in page:
             draft.take(seq, event)
     return draft
+
+
+def unfinished(calls: Iterable[ToolCalled]) -> list[ToolReturned]:
+    """What stands in for the results of calls that the run's end cut off."""
+    return [ToolReturned(call.tool_call_id, call.name, NOT_FINISHED, True) for call in calls]
 
 
 def tool_unit(

@@ -87,6 +87,15 @@ class Usage:
             self.estimated or other.estimated,
         )
 
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Usage:
+        """What ``as_json`` gave; nothing for an empty map."""
+        return cls(
+            told.get("prompt_tokens", 0),
+            told.get("completion_tokens", 0),
+            told.get("estimated", False),
+        )
+
     def as_json(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,

@@ -6,10 +6,10 @@ import logging
 
 from ..errors import ChatError, NotFound, RunError
 from .conversation import Conversation
-from .draft import Draft, final_answer, fold, tool_unit
-from .events import End, Event, Failed, MessageStored, ToolReturned
+from .draft import Draft, final_answer, fold, tool_unit, unfinished
+from .events import End, Event, Failed, MessageStored
 from .limits import Limits
-from .messages import NOT_FINISHED, Message, Status, Usage
+from .messages import Message, Status, Usage
 from .ports import EventLog, RunRecord, Storage, Window
 from .run import DRAINED, Run
 from .runs import Runs
@@ -72,11 +72,7 @@ class Recovery:
         }
         messages: list[Message] = []
         if draft.calls:
-            missing = [
-                ToolReturned(called.tool_call_id, called.name, NOT_FINISHED, True)
-                for called in draft.missing
-            ]
-            self._log.append(record.id, missing)
+            self._log.append(record.id, unfinished(draft.missing))
             messages = tool_unit(draft, record, parent_id, told)
             parent_id, draft = messages[-1].id, Draft()
         messages.append(final_answer(draft, record, parent_id, told))

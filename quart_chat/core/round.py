@@ -10,7 +10,8 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any
 
-from ..errors import ProviderError
+from ..errors import InvalidMessage, ProviderError
+from .commands import check_values
 from .events import Content, Event, Reasoning
 from .messages import ToolCall, Usage, text_of
 from .ports import (
@@ -142,8 +143,11 @@ def _decoded(arguments: str) -> tuple[dict[str, Any], str | None]:
         return {}, None
     try:
         value = json.loads(arguments)
+        check_values(value)
     except (ValueError, RecursionError):
         return {}, "The arguments are not valid JSON."
+    except InvalidMessage as error:
+        return {}, f"The arguments can not be used. {error.message}"
     if not isinstance(value, dict):
         return {}, "The arguments are not a JSON object."
     return value, None

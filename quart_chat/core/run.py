@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import ChatError, InternalError, NotFound, RunError, StorageUnavailable
 from .calls import Calls, Reply, Toolbox
-from .draft import Draft, final_answer, fold, tool_unit
+from .draft import Draft, final_answer, fold, tool_unit, unfinished
 from .events import (
     End,
     Event,
@@ -26,10 +26,9 @@ from .events import (
     Start,
     Stopped,
     ToolCalled,
-    ToolReturned,
 )
 from .limits import Limits
-from .messages import NOT_FINISHED, Message, Status, Usage
+from .messages import Message, Status, Usage
 from .ports import (
     EventLog,
     Provider,
@@ -126,6 +125,7 @@ class Run:
     def go_on(self, draft: Draft) -> None:
         """Continue where a process before this one waited for an approval."""
         self._stored_seq = draft.stored_seq
+        self._usage = draft.usage
         self._parent_id = draft.parent_id or self._parent_id
         self._task = asyncio.create_task(self._live(draft), name=f"quart_chat run {self.id}")
 
@@ -200,7 +200,10 @@ class Run:
     async def _answer(self, draft: Draft | None, timeout: asyncio.Timeout) -> None:
         schemas = self.turn.toolbox.schemas()
         if draft is not None:
-            await self._use_tools(draft.missing, {}, timeout)
+            lost = [called for called in draft.missing if called.needs is None]
+            self._append(unfinished(lost))
+            waiting = [called for called in draft.missing if called.needs is not None]
+            await self._use_tools(waiting, {}, timeout)
         for _ in range(self._limits.max_tool_rounds):
             await self._ask_model(schemas)
             assert self._round is not None
@@ -284,9 +287,7 @@ class Run:
         draft = await self._draft()
         stored: list[Event] = []
         if draft.calls:
-            self._append(
-                [ToolReturned(c.tool_call_id, c.name, NOT_FINISHED, True) for c in draft.missing]
-            )
+            self._append(unfinished(draft.missing))
             stored += await self._store_unit(await self._draft(), status)
             draft = Draft()
         answer = final_answer(draft, self.record, self._parent_id, self._told(status))

@@ -212,6 +212,9 @@ class Runs:
             for wait in late:
                 wait.cancel()
         for run in living:
-            run.interrupt()
+            if durable and run.waits_for_people:
+                run.suspend()
+            else:
+                run.interrupt()
         for run in living:
             await run.finished.wait()

@@ -6,10 +6,11 @@ import asyncio
 import contextvars
 import functools
 import inspect
+import re
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints, overload
+from typing import Any, get_args, get_type_hints, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import to_json
@@ -18,6 +19,9 @@ from ..errors import UnknownTool
 
 MAX_RESULT_CHARS = 32_768
 """A longer result is cut, and says so."""
+
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+"""What OpenAI takes for the name of a function."""
 
 Approval = bool | Callable[[dict[str, Any]], bool]
 
@@ -110,17 +114,24 @@ def tool(
         users: A predicate on the user id: who may use the tool.
 
     Raises:
-        TypeError: The function takes ``*args`` or ``**kwargs``, or a parameter has no annotation.
+        TypeError: The function takes ``*args``, ``**kwargs`` or positional-only parameters, or one
+            has no annotation.
+        ValueError: The name is not one that providers take.
     """
 
     def make(function: Callable[..., Any]) -> Tool:
         summary, described = _docstring(function)
-        model, context_name = _arguments(function, described)
+        signature = _signature(function, described)
+        called = name or function.__name__
+        if not NAME.fullmatch(called):
+            raise ValueError(
+                f"{called!r} is no name for a tool: letters, digits, _ and -, up to 64."
+            )
         return Tool(
-            name=name or function.__name__,
+            name=called,
             description=summary,
-            parameters=_schema(model),
-            invoke=functools.partial(_invoke, function, model, context_name),
+            parameters=_schema(signature.model),
+            invoke=functools.partial(_invoke, function, signature),
             needs_approval=needs_approval,
             users=users,
             function=function,
@@ -137,26 +148,44 @@ def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     return text, {p.arg_name: p.description for p in parsed.params if p.description}
 
 
-def _arguments(
-    function: Callable[..., Any], described: Mapping[str, str]
-) -> tuple[type[BaseModel], str | None]:
+@dataclass(frozen=True)
+class _Signature:
+    """What a function takes: a model of its parameters, and the one that gets the context."""
+
+    model: type[BaseModel]
+    fields: dict[str, str]
+    context: str | None
+
+
+def _signature(function: Callable[..., Any], described: Mapping[str, str]) -> _Signature:
     hints = get_type_hints(function, include_extras=True)
+    named = getattr(function, "__name__", "the tool")
     fields: dict[str, Any] = {}
-    context_name = None
+    names: dict[str, str] = {}
+    context = None
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"The tool {function.__name__} can not take *args or **kwargs.")
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(f"{named}: a tool's parameters are named: no *args, **kwargs or /.")
         hint = hints.get(parameter.name)
-        if hint is ToolContext:
-            context_name = parameter.name
-        elif hint is None:
-            raise TypeError(f"{function.__name__}: annotate the parameter {parameter.name}.")
-        else:
-            default = ... if parameter.default is parameter.empty else parameter.default
-            description = described.get(parameter.name)
-            fields[parameter.name] = (hint, Field(default, description=description))
-    config = ConfigDict(extra="forbid")
-    return create_model(function.__name__, __config__=config, **fields), context_name
+        if hint is None:
+            raise TypeError(f"{named}: annotate the parameter {parameter.name}.")
+        if _is_context(hint):
+            context = parameter.name
+            continue
+        told = {"alias": parameter.name}
+        if description := described.get(parameter.name):
+            told["description"] = description
+        default = ... if parameter.default is parameter.empty else parameter.default
+        # A name of ours, because pydantic does not take every parameter's name for a field.
+        field_name = f"field_{len(fields)}"
+        fields[field_name] = (hint, Field(default, **told))  # type: ignore[call-overload]
+        names[field_name] = parameter.name
+    model = create_model(named, __config__=ConfigDict(extra="forbid"), **fields)
+    return _Signature(model, names, context)
+
+
+def _is_context(hint: Any) -> bool:
+    return hint is ToolContext or any(_is_context(each) for each in get_args(hint))
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -170,21 +199,24 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 async def _invoke(
     function: Callable[..., Any],
-    model: type[BaseModel],
-    context_name: str | None,
+    signature: _Signature,
     context: ToolContext,
     arguments: dict[str, Any],
 ) -> Any:
     try:
-        values = model.model_validate(arguments)
+        values = signature.model.model_validate(arguments)
     except ValidationError as error:
         raise ToolError(_complaint(error)) from None
-    given = {name: getattr(values, name) for name in model.model_fields}
-    if context_name is not None:
-        given[context_name] = context
-    if inspect.iscoroutinefunction(function):
-        return await function(**given)
-    return await in_daemon_thread(functools.partial(function, **given))
+    given = {name: getattr(values, field_name) for field_name, name in signature.fields.items()}
+    if signature.context is not None:
+        given[signature.context] = context
+    try:
+        if inspect.iscoroutinefunction(function):
+            return await function(**given)
+        result = await in_daemon_thread(functools.partial(function, **given))
+        return await result if inspect.isawaitable(result) else result
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise ToolError("The tool tried to end the server.") from error
 
 
 def _complaint(error: ValidationError) -> str:

@@ -14,8 +14,8 @@ from werkzeug.routing import BaseConverter
 WAITING_FRAMES = 16
 """Frames of one socket that were received and not yet handled; then the client has to wait."""
 
-SLASH = "\ue02f"
-"""Stands for an encoded slash while the path is matched (a private-use character)."""
+SLASH = "\x1f"
+"""Stands for an encoded slash while the path is matched; ids hold no control characters."""
 
 CONVERTER = "chat_id"
 
@@ -43,7 +43,7 @@ class EncodedSlashConnection(ASGIHTTPConnection):
 
     def __init__(self, app: Quart, scope: Any) -> None:
         raw: bytes = scope.get("raw_path") or b""
-        if b"%2f" in raw.lower():
+        if b"%2f" in raw.lower() and b"%1f" not in raw.lower():
             path = unquote(raw.decode("latin-1").replace("%2F", SLASH).replace("%2f", SLASH))
             if _is_ours(app, path, scope["method"]):
                 scope = {**scope, "path": path}

@@ -114,6 +114,11 @@ class StopDocument(_Document):
     run_id: str | None = None
 
 
+class HealthDocument(_Document):
+    status: Literal["healthy"]
+    protocol: Literal["websocket", "sse", "both"]
+
+
 class ModelDocument(_Document):
     id: str
     provider: str

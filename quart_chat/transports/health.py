@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from quart import Blueprint, Response, jsonify
+from quart_schema import document_response
 
+from .documents import HealthDocument
 from .server import current_server, guarded
 
 health_blueprint = Blueprint("quart_chat_health", __name__)
@@ -11,6 +13,7 @@ guarded(health_blueprint)
 
 
 @health_blueprint.get("/health")
+@document_response(HealthDocument)
 async def health() -> Response:
     """Whether the process serves, and over which protocol."""
     return jsonify(status="healthy", protocol=current_server().settings.protocol)

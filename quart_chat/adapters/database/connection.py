@@ -20,11 +20,11 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tortoise.context import TortoiseContext
-from tortoise.exceptions import IntegrityError
 from tortoise.migrations.executor import MigrationExecutor, MigrationTarget, PlanStep
 from tortoise.transactions import in_transaction
 
 from ...errors import ChatError, ConfigurationError, StorageUnavailable
+from .sqlite import SQLite
 
 logger = logging.getLogger("quart_chat.database")
 
@@ -50,7 +50,7 @@ S = TypeVar("S", bound=HasDatabase)
 def inside(
     method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """Let an adapter's method run where our database is the current one."""
+    """Let an adapter's method run where our database is the current one; it awaits nothing else."""
 
     async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self._database.run(method(self, *args, **kwargs))
@@ -88,7 +88,9 @@ def tortoise_config(url: str) -> dict[str, Any]:
 
 def _sqlite(rest: str) -> dict[str, Any]:
     path, _, query = rest.partition("?")
-    if path != ":memory:" and not Path(path).expanduser().absolute().parent.is_dir():
+    if path == ":memory:":
+        raise ConfigurationError("CHAT_DATABASE_URL: for memory set CHAT_STORAGE=memory.")
+    if not Path(path).expanduser().absolute().parent.is_dir():
         raise ConfigurationError(f"CHAT_DATABASE_URL: the folder of {path} does not exist.")
     pragmas: dict[str, Any] = {
         "journal_mode": "WAL",
@@ -96,7 +98,7 @@ def _sqlite(rest: str) -> dict[str, Any]:
         "busy_timeout": 5000,
     }
     pragmas |= {k: v for k, v in parse_qsl(query) if re.fullmatch(r"\w+", k + v)}
-    return {"file_path": str(Path(path).expanduser()) if path != ":memory:" else path, **pragmas}
+    return {"file_path": str(Path(path).expanduser()), **pragmas}
 
 
 def _postgres(url: str) -> dict[str, Any]:
@@ -135,11 +137,20 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._config = tortoise_config(url)
-        self.is_sqlite = url.startswith("sqlite")
+        self._credentials = self._config["connections"][CONNECTION]["credentials"]
+        self._sqlite: SQLite | None = None
+        if url.startswith("sqlite"):
+            pragmas = {k: v for k, v in self._credentials.items() if k != "file_path"}
+            self._sqlite = SQLite(self._credentials["file_path"], pragmas)
         self._context = TortoiseContext()
         self._inside = contextvars.copy_context()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._under_way: set[asyncio.Future[Any]] = set()
         self._open = False
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether statements are written for SQLite."""
+        return self._sqlite is not None
 
     async def open(self, *, migrate: bool = True) -> None:
         """Connect, and bring the tables up to date.
@@ -150,8 +161,12 @@ class Database:
         self._inside.run(self._context.__enter__)
         self._open = True
         try:
-            await asyncio.create_task(self._start(migrate), context=self._inside)
+            await self._in_tortoise(self._start(migrate))
+            if self._sqlite is not None:
+                await self._in_tortoise(self._context.close_connections())
+                await self._sqlite.open()
         except ConfigurationError:
+            await self.close()
             raise
         except Exception as error:
             await self.close()
@@ -159,6 +174,9 @@ class Database:
                 f"CHAT_DATABASE_URL: the database can not be opened ({type(error).__name__}: "
                 f"{_first_line(error)})."
             ) from error
+
+    async def _in_tortoise(self, work: Coroutine[Any, Any, None]) -> None:
+        await asyncio.create_task(work, context=self._inside)
 
     async def _start(self, migrate: bool) -> None:
         await self._context.init(config=self._config)
@@ -175,9 +193,11 @@ class Database:
         if not self._open:
             return
         self._open = False
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=COMMAND_TIMEOUT)
-        await asyncio.create_task(self._context.close_connections(), context=self._inside)
+        if self._under_way:
+            await asyncio.wait(set(self._under_way), timeout=COMMAND_TIMEOUT)
+        if self._sqlite is not None:
+            await self._sqlite.close()
+        await self._in_tortoise(self._context.close_connections())
         self._inside.run(self._context.__exit__, None, None, None)
 
     async def run(self, operation: Coroutine[Any, Any, R]) -> R:
@@ -191,60 +211,74 @@ class Database:
         if not self._open:
             operation.close()
             raise StorageUnavailable("The database is closed.")
-        task = asyncio.create_task(operation, context=self._inside.copy())
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
+        future: asyncio.Future[R]
+        if self._sqlite is not None:
+            future = self._sqlite.run(operation)
+        else:
+            future = asyncio.create_task(operation, context=self._inside.copy())
+        self._under_way.add(future)
+        future.add_done_callback(self._done)
         try:
-            return await asyncio.shield(task)
-        except (ChatError, IntegrityError, asyncio.CancelledError):
+            return await asyncio.shield(future)
+        except (ChatError, asyncio.CancelledError):
             raise
         except Exception as error:
             logger.warning("database: %s: %s", type(error).__name__, _first_line(error))
             raise StorageUnavailable from error
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()
+    def _done(self, future: asyncio.Future[Any]) -> None:
+        self._under_way.discard(future)
+        if not future.cancelled():
+            future.exception()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
         """Make the statements inside one unit."""
-        async with in_transaction(CONNECTION):
+        if self._sqlite is None:
+            async with in_transaction(CONNECTION):
+                yield
+            return
+        self._sqlite.execute("BEGIN IMMEDIATE", ())
+        try:
             yield
+        except BaseException:
+            self._sqlite.execute("ROLLBACK", ())
+            raise
+        self._sqlite.execute("COMMIT", ())
 
     async def fetch(self, sql: str, *values: Any) -> list[dict[str, Any]]:
         """The rows of a statement; ``?`` stands for a value."""
+        if self._sqlite is not None:
+            return self._sqlite.fetch(sql, values)
         client = self._context.connections.get(CONNECTION)
-        return await client.execute_query_dict(self._dialect(sql), list(values))
+        return await client.execute_query_dict(_numbered(sql), list(values))
 
     async def execute(self, sql: str, *values: Any) -> int:
         """The number of rows that an UPDATE or DELETE changed."""
+        if self._sqlite is not None:
+            return self._sqlite.execute(sql, values)
         client = self._context.connections.get(CONNECTION)
-        count, _ = await client.execute_query(self._dialect(sql), list(values))
+        count, _ = await client.execute_query(_numbered(sql), list(values))
         return int(count)
 
     async def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         """One statement for many rows."""
+        if self._sqlite is not None:
+            self._sqlite.execute_many(sql, rows)
+            return
         client = self._context.connections.get(CONNECTION)
-        await client.execute_many(self._dialect(sql), [list(row) for row in rows])
-
-    def _dialect(self, sql: str) -> str:
-        return sql if self.is_sqlite else _numbered(sql)
+        await client.execute_many(_numbered(sql), [list(row) for row in rows])
 
     def _executor(self) -> MigrationExecutor:
         client = self._context.connections.get(CONNECTION)
         return MigrationExecutor(client, self._config["apps"])
 
-    async def _apply(self) -> None:
-        await self._executor().migrate([MigrationTarget(APP, "__latest__")])
-
     async def _pending(self) -> list[PlanStep]:
         return await self._executor().plan([MigrationTarget(APP, "__latest__")])
 
     async def _migrate(self) -> None:
-        if self.is_sqlite:
-            with await asyncio.to_thread(_locked_folder, self._file):
+        if self._sqlite is not None:
+            with await asyncio.to_thread(_locked_folder, str(self._credentials["file_path"])):
                 await self._apply()
             return
         outside = contextvars.copy_context()
@@ -252,9 +286,8 @@ class Database:
             await self.fetch("SELECT pg_advisory_xact_lock(?)", MIGRATION_LOCK)
             await asyncio.create_task(self._apply(), context=outside)
 
-    @property
-    def _file(self) -> str:
-        return str(self._config["connections"][CONNECTION]["credentials"]["file_path"])
+    async def _apply(self) -> None:
+        await self._executor().migrate([MigrationTarget(APP, "__latest__")])
 
 
 class _locked_folder:
@@ -262,8 +295,6 @@ class _locked_folder:
 
     def __init__(self, path: str) -> None:
         self._handle: int | None = None
-        if path == ":memory:":
-            return
         try:
             import fcntl
         except ImportError:  # Windows, where one process serves a file

@@ -353,6 +353,18 @@ class DatabaseEventLog:
             if (live.record.user, live.record.thread_id) == (user, thread_id):
                 del self._live[run_id]
                 live.tail.close()
+        await self._forget(user, thread_id)
+
+    @inside
+    async def _forget(self, user: str, thread_id: str) -> None:
+        of_thread = "WHERE user_id = ? AND thread_id = ?"
+        async with self._database.transaction():
+            await self._database.execute(
+                f"DELETE FROM chat_events WHERE run_id IN (SELECT id FROM chat_runs {of_thread})",
+                user,
+                thread_id,
+            )
+            await self._database.execute(f"DELETE FROM chat_runs {of_thread}", user, thread_id)
 
     @inside
     async def expire(self) -> int:

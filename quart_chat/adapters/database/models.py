@@ -36,7 +36,10 @@ class ChatThread(Model):
     class Meta:
         table = "chat_threads"
         unique_together = (("user_id", "id"),)
-        indexes = [Index(fields=("user_id", "updated_at", "id"), name="chat_threads_activity")]
+        indexes = [
+            Index(fields=("user_id", "updated_at", "id"), name="chat_threads_activity"),
+            Index(fields=("updated_at",), name="chat_threads_quiet"),
+        ]
 
 
 class ChatMessage(Model):
@@ -104,6 +107,7 @@ class ChatRun(Model):
         indexes = [
             Index(fields=("user_id", "thread_id", "created_at"), name="chat_runs_thread"),
             Index(fields=("has_events", "ended_at"), name="chat_runs_ended"),
+            Index(fields=("ended_at", "owner"), name="chat_runs_living"),
         ]
 
 

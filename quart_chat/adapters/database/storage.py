@@ -155,7 +155,8 @@ class DatabaseStorage:
                 "WHERE chat_message_search MATCH ? AND m.user_id = ?))"
             ), [match, match, user]
         query = POSTGRES_WORDS.format("?::text")
-        query = f"to_tsquery('simple', replace(btrim({query}), ' ', ':* & ') || ':*')"
+        query = f"replace(nullif(btrim({query}), ''), ' ', ':* & ')"
+        query = f"to_tsquery('simple', {query} || ':*')"
 
         def matches(column: str) -> str:
             body = POSTGRES_WORDS.format(f"left(coalesce({column}, ''), 200000)")
@@ -296,7 +297,7 @@ class DatabaseStorage:
         branch, parent_position, lineage = await self._place(user, thread_id, parent_id)
         continued = await self._database.fetch(
             "SELECT 1 FROM chat_messages WHERE user_id = ? AND thread_id = ? AND branch = ? "
-            "AND position > ? LIMIT 1",
+            "AND position > ? ORDER BY position LIMIT 1",
             user,
             thread_id,
             branch,

@@ -104,6 +104,7 @@ class Migration(migrations.Migration):
                 "indexes": [
                     Index(fields=["user_id", "thread_id", "created_at"], name="chat_runs_thread"),
                     Index(fields=["has_events", "ended_at"], name="chat_runs_ended"),
+                    Index(fields=["ended_at", "owner"], name="chat_runs_living"),
                 ],
                 "pk_attr": "id",
                 "table_description": "A run.",
@@ -136,7 +137,8 @@ class Migration(migrations.Migration):
                 "app": "quart_chat",
                 "unique_together": (("user_id", "id"),),
                 "indexes": [
-                    Index(fields=["user_id", "updated_at", "id"], name="chat_threads_activity")
+                    Index(fields=["user_id", "updated_at", "id"], name="chat_threads_activity"),
+                    Index(fields=["updated_at"], name="chat_threads_quiet"),
                 ],
                 "pk_attr": "row_id",
                 "table_description": "A conversation.",
