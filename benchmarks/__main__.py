@@ -30,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="benchmarks") as name:
         results = _measure(wanted, options.repetitions, options.quick, Path(name), say)
     if options.output is not None:
-        write(options.output, results, options.repetitions, options.quick)
+        write(options.output, results, _command(options), options.repetitions)
         say(f"written: {options.output}")
 
 
@@ -47,6 +47,12 @@ def _options() -> argparse.Namespace:
     complete = options.only is None and not options.quick
     options.output = options.output or (REPORT if complete else None)
     return options
+
+
+def _command(options: argparse.Namespace) -> str:
+    chosen = [f"--only {name}" for name in options.only or ()]
+    quick = ["--quick"] if options.quick else []
+    return " ".join(["python -m benchmarks", *chosen, *quick])
 
 
 def _measure(

@@ -74,26 +74,25 @@ NOTES = """\
 """
 
 
-def write(path: Path, results: Iterable[Result], repetitions: int, quick: bool) -> None:
+def write(path: Path, results: Iterable[Result], command: str, repetitions: int) -> None:
     """Write the page."""
     found = list(results)
-    parts = ["# Benchmarks\n", _circumstances(repetitions, quick)]
+    parts = ["# Benchmarks\n", _circumstances(command, repetitions)]
     parts += [_table(name, [r for r in found if r.workload == name]) for name in PAGES]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(part for part in [*parts, NOTES] if part))
 
 
-def _circumstances(repetitions: int, quick: bool) -> str:
+def _circumstances(command: str, repetitions: int) -> str:
     machine = f"{_processor()}, {psutil.cpu_count()} cores"
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    command = "python -m benchmarks" + (" --quick" if quick else "")
     return f"""\
 Made by `{command}` (`pip install 'quart-chat[bench]'`, in a checkout) on
 {datetime.now(UTC):%d %B %Y}, {repetitions} repetition{"s" if repetitions > 1 else ""}, medians.
 
 * Machine: {machine}, {memory} of memory, {platform.system()} {platform.release()}
-* Python {platform.python_version()}, load average before the end {os.getloadavg()[0]:.1f}
+* Python {platform.python_version()}, load average at the end {os.getloadavg()[0]:.1f}
 * {versions}
 """
 

@@ -67,6 +67,7 @@ def load(server: Server, job: Job, folder: Path) -> tuple[dict[str, Any], float]
         seen = json.loads(clients.line())
         time.sleep(AFTERWARDS)
         used = server.process.cpu() - before
+    server.process.settle()
     if seen["wrong"]:
         raise AssertionError(f"{server.kind.name} delivered a wrong text: {seen['complaint']}")
     return seen, used
@@ -122,7 +123,7 @@ def streamed(workload: str, server: Server, way: Way, seen: dict[str, Any], used
         "CPU µs a token": used / max(1, seen["tokens"]) * 1e6,
         "cores": used / (seen["seconds"] + AFTERWARDS),
         "delivered %": seen["delivered"] * 100,
-        "complete": seen["complete"] / seen["turns"] * 100,
+        "complete %": seen["complete"] / seen["turns"] * 100,
         "first ms p50": seen["first"].get("p50", 0),
         "first ms p99": seen["first"].get("p99", 0),
         "gap ms p50": seen["gap"].get("p50", 0),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .app import create_app as create_app
+    from quart import Quart
+
     from .core.messages import User as User
     from .core.tools import Tool as Tool
     from .core.tools import ToolContext as ToolContext
@@ -32,7 +34,6 @@ _HOMES = {
     "ToolContext": "core.tools",
     "ToolError": "core.tools",
     "User": "core.messages",
-    "create_app": "app",
     "health_blueprint": "transports.health",
     "sse_blueprint": "transports.sse",
     "threads_blueprint": "transports.threads",
@@ -57,6 +58,13 @@ __all__ = [
     "tool",
     "websocket_blueprint",
 ]
+
+
+def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None = None) -> Quart:
+    """Make a Quart application that is a chat server; see ``quart_chat.app.create_app``."""
+    from .app import create_app
+
+    return create_app(config, chat)
 
 
 def __getattr__(name: str) -> Any:

@@ -302,20 +302,21 @@ async def test_a_hundred_runs_at_sigterm_are_completed_or_stored(
 
 async def test_streams_are_broken_off_without_a_clean_end(serve: Serve) -> None:
     server = await serve(drain_timeout=0)
-    async with client(server) as http:
-        async with http.stream("POST", "/chat/sse", json={"content": "script:mute"}) as stream:
-            body = stream.aiter_text()
+    rest, clean = "", True
+    async with (
+        client(server) as http,
+        http.stream("POST", "/chat/sse", json={"content": "script:mute"}) as stream,
+    ):
+        body = stream.aiter_text()
+        async for part in body:
+            if '"start"' in part:
+                break
+        server.process.send_signal(signal.SIGTERM)
+        try:
             async for part in body:
-                if '"start"' in part:
-                    break
-            server.process.send_signal(signal.SIGTERM)
-            rest = ""
-            try:
-                async for part in body:
-                    rest += part
-                clean = True
-            except httpx.RemoteProtocolError:
-                clean = False
+                rest += part
+        except httpx.RemoteProtocolError:
+            clean = False
     assert '"interrupted"' in rest or not clean
     assert await server.stop(0) == 0
 

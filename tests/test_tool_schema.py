@@ -153,7 +153,7 @@ def test_open_ended_parameters_are_refused() -> None:
     def named(**numbers: int) -> None: ...
 
     for function in (many, named):
-        with pytest.raises(TypeError, match=r"\*args or \*\*kwargs"):
+        with pytest.raises(TypeError, match=r"\*args, \*\*kwargs"):
             tool(function)
 
 

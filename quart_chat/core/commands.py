@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -48,9 +49,8 @@ IGNORED_FIELDS = frozenset(
 )
 """Fields of the original protocol without a meaning here: refused when they ask for something."""
 
-Id = Annotated[
-    str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
-]
+ID_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]{1,128}$"
+Id = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=ID_PATTERN)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
@@ -383,6 +383,11 @@ def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{where}: this field is required."
     says = first["msg"].removeprefix("Value error, ")
     return f"{where}: {says[:1].lower()}{says[1:]}."
+
+
+def is_id(text: str) -> bool:
+    """Whether a text can be the id of something."""
+    return re.fullmatch(ID_PATTERN, text) is not None
 
 
 def check_values(value: Any, depth: int = 0) -> None:

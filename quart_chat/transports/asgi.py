@@ -8,8 +8,10 @@ from urllib.parse import unquote
 
 from quart import Quart
 from quart.asgi import ASGIHTTPConnection, ASGIWebsocketConnection
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, NotFound
 from werkzeug.routing import BaseConverter
+
+from ..core.commands import is_id
 
 WAITING_FRAMES = 16
 """Frames of one socket that were received and not yet handled; then the client has to wait."""
@@ -24,7 +26,10 @@ class IdConverter(BaseConverter):
     """An id in a path, with any character in it."""
 
     def to_python(self, value: str) -> str:
-        return value.replace(SLASH, "/")
+        found = value.replace(SLASH, "/")
+        if not is_id(found):
+            raise NotFound  # the HTTP exception, which routing understands
+        return found
 
     def to_url(self, value: Any) -> str:
         return str(super().to_url(str(value))).replace("/", "%2F")

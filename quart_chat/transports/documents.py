@@ -52,7 +52,7 @@ class ThreadChanges(_Document):
 class Feedback(_Document):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    score: Literal[-1, 0, 1]
+    score: Annotated[int, Field(ge=-1, le=1)]
     comment: Annotated[str, StringConstraints(max_length=4000)] | None = None
 
 

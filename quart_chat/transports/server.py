@@ -22,6 +22,10 @@ logger = logging.getLogger("quart_chat.http")
 EXTENSION = "quart_chat"
 NO_STORE = "no-store"
 
+DISCARDED_BYTES = 16 * 1024 * 1024
+"""So much of a body that is too large is read and forgotten: a client that still sends when the
+connection closes does not see why."""
+
 
 @dataclass
 class ChatServer:
@@ -75,14 +79,15 @@ def current_server() -> ChatServer:
 async def body_of(asking: Request, settings: Settings) -> bytes:
     """A request's body, within the bound of a message. Raises TooLarge."""
     bound = settings.max_message_bytes
-    too_large = TooLarge(f"A body has at most {bound} bytes.")
-    if (asking.content_length or 0) > bound:
-        raise too_large
-    body = bytearray()
+    body, length = bytearray(), 0
     async for piece in asking.body:
-        body += piece
-        if len(body) > bound:
-            raise too_large
+        length += len(piece)
+        if length <= bound:
+            body += piece
+        elif length > DISCARDED_BYTES:
+            break
+    if length > bound:
+        raise TooLarge(f"A body has at most {bound} bytes.")
     return bytes(body)
 
 

@@ -11,11 +11,11 @@ from urllib.parse import quote
 from quart import Blueprint, Request, Response, request
 from quart_schema import document_querystring, document_request
 
-from ..core.commands import SendMessage, parse
+from ..core.commands import SendMessage, is_id, parse
 from ..core.conversation import Queued
 from ..core.messages import User
 from ..core.runs import STOPPED_BY_USER, Following
-from ..errors import ChatError, InvalidMessage, NothingToResume
+from ..errors import ChatError, InvalidMessage, NotFound, NothingToResume
 from .codec import decode_json, error_event, sse_events, sse_frame
 from .documents import FollowQuery, documents_stream
 from .guard import Place
@@ -83,6 +83,8 @@ class ChatSSERunner:
             thread_id = None
         if not run_id and not thread_id:
             raise InvalidMessage("Name a run: thread_id, run_id or last_event_id.")
+        if not is_id(run_id or thread_id or ""):
+            raise NotFound("There is no such run or thread.")
         return await self._server.conversation.resume(
             user.id, run_id=run_id or None, thread_id=thread_id or None, after=after
         )

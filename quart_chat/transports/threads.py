@@ -16,7 +16,7 @@ from quart_schema import document_querystring, document_request, document_respon
 from ..core.commands import check_values, validated
 from ..core.messages import Message, Thread, new_id, rfc3339
 from ..core.ports import Window
-from ..errors import InvalidMessage, NotRunning
+from ..errors import InvalidMessage, NotFound, NotRunning
 from .codec import decode_json
 from .documents import (
     Feedback,
@@ -37,6 +37,8 @@ threads_blueprint = Blueprint("quart_chat_threads", __name__)
 guarded(threads_blueprint)
 
 M = TypeVar("M", bound=BaseModel)
+
+NO_CURSOR = "cursor: this is no cursor of ours; begin without one."
 
 
 async def _asked() -> tuple[ChatServer, str]:
@@ -71,11 +73,12 @@ def _from_cursor(cursor: str | None, *types: type) -> list[Any] | None:
         return None
     try:
         values = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        check_values(values)
         if [type(value) for value in values] == list(types):
             return list(values)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError, InvalidMessage):
         pass
-    raise InvalidMessage("cursor: this is no cursor of ours; begin without one.")
+    raise InvalidMessage(NO_CURSOR)
 
 
 def _thread(server: ChatServer, user: str, thread: Thread) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def _moment(text: str) -> datetime:
             return moment
     except ValueError:
         pass
-    raise InvalidMessage("cursor: this is no cursor of ours; begin without one.")
+    raise InvalidMessage(NO_CURSOR)
 
 
 @threads_blueprint.post("/threads")
@@ -173,8 +176,14 @@ async def list_messages(thread_id: str) -> Response:
     place = _from_cursor(query.cursor, int, str)
     window = Window(limit=query.limit + 1, order=query.order, branch=query.branch)
     if place is not None:
+        if not 0 < place[0] < 2**31:
+            raise InvalidMessage(NO_CURSOR)
         window = replace(window, after=place[0], leaf=place[1])
-    messages = await server.conversation.storage.messages(user, thread_id, window)
+    try:
+        messages = await server.conversation.storage.messages(user, thread_id, window)
+    except NotFound:
+        await server.conversation.storage.thread(user, thread_id)
+        raise InvalidMessage(NO_CURSOR) from None
     return jsonify(await _message_page(server, user, thread_id, messages, query, window))
 
 

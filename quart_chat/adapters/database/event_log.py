@@ -246,10 +246,12 @@ class DatabaseEventLog:
                 yield pages
             elif live is not None:
                 after = live.tail.first - 1
-            elif await self._is_over(run_id) or not wait:
-                return
-            else:  # another process lives this run
-                await asyncio.sleep(FLUSH_SECONDS)
+            else:  # it has ended, or another process lives it
+                over = await self._is_over(run_id) or not wait
+                if not over:
+                    await asyncio.sleep(FLUSH_SECONDS)
+                elif not await self._stored(run_id, after):  # nothing came while we asked
+                    return
 
     async def _is_over(self, run_id: str) -> bool:
         row = await self._run(run_id)
