@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import random
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -1210,7 +1211,7 @@ ACTION = st.sampled_from(["stop", "disconnect", "message", "delete after", "noth
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @given(rounds=ROUNDS, action=ACTION, after=st.integers(1, 14), approves=st.booleans())
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_whatever_happens_when_the_transcript_is_valid(
     server: Server,
@@ -1314,6 +1315,44 @@ async def act(socket: Socket, action: str, after: int, approves: bool) -> str:
     return str(run_id)
 
 
+async def test_killed_anywhere_the_transcript_is_valid(
+    serve: Serve, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "open.go").touch()
+    wanted = [("add", {"a": 1}), ("slow", {"mark": "never"}), ("blocking", {"mark": "open"})]
+    wanted += [("pay", {"amount": 1}), ("add", "not JSON"), ("no_such_tool", {})]
+    ends = []
+    server = await serve(*TOOLS, environ={"PYTHONPATH": TESTS})
+    for seed in range(5):
+        choose = random.Random(seed)
+        rounds = [(True, choose.sample(wanted, choose.randint(1, 4))) for _ in range(2)]
+        thread = f"thread {seed}"
+        command = {
+            "content": plan(endpoint, *scripted(rounds)),
+            "thread_id": thread,
+            "tools": ["add", "slow", "blocking", "pay"],
+        }
+        async with connect(server) as socket:
+            await socket.send(command)
+            run_id = await act(socket, "nothing", choose.randint(1, 10), True)
+            if seed % 2:
+                await durable(server)
+        await server.kill()
+        server = await serve(*TOOLS, environ={"PYTHONPATH": TESTS})
+        async with connect(server) as socket:
+            await socket.send({"type": "stop", "thread_id": thread})
+            await socket.send({"type": "resume", "run_id": run_id})
+            events = await socket.until("end", run_id=run_id)
+        kinds = [event["type"] for event in events]
+        assert "start" in kinds, f"start is the first of every run: {events}"
+        events = events[kinds.index("start") :]
+        one_end(events, events[-1]["status"])
+        ends.append(events[-1]["status"])
+        await stored(server, thread)
+        await next_turn(server, thread)
+    assert "interrupted" in ends
+
+
 HISTORY = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["user", "assistant", "tool", "system"])},
@@ -1333,7 +1372,7 @@ HISTORY = st.lists(
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @given(history=HISTORY)
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_a_clients_history_is_made_valid(
     forgetful: Server, shared_endpoint: Endpoint, runner: Any, history: list[dict[str, Any]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -121,7 +122,7 @@ class MCPTools:
 
         schema = getattr(described, "input_schema", None) or getattr(described, "inputSchema", {})
         return Tool(
-            name=f"{self._name}_{remote}",
+            name=re.sub(r"[^a-zA-Z0-9_-]", "_", f"{self._name}_{remote}")[:64],
             description=described.description or "",
             parameters=dict(schema),
             invoke=invoke,

@@ -18,6 +18,9 @@ from .tools import Tool, ToolContext, ToolError, as_result, function_schema
 logger = logging.getLogger("quart_chat.tools")
 
 
+APPROVED = "Approved."
+
+
 @dataclass(frozen=True, slots=True)
 class Approval:
     """A person's answer to a call that needs one."""
@@ -100,10 +103,10 @@ class Calls:
         return True
 
     def announce(
-        self, calls: Sequence[ToolCall], complaints: Mapping[str, str]
+        self, calls: Sequence[ToolCall], complaints: Mapping[str, str], usage: dict[str, Any]
     ) -> list[ToolCalled]:
-        """Say what the model asked for, before any of it runs."""
-        announced = []
+        """Say what the model asked for, before any of it runs, and log what asking has cost."""
+        announced: list[ToolCalled] = []
         for call in calls:
             needs = None
             if call.id not in complaints:
@@ -112,7 +115,8 @@ class Calls:
                 except Exception:
                     logger.exception("the approval predicate of %s failed", call.name)
                     needs = "approval"
-            announced.append(ToolCalled(call.id, call.name, call.arguments, needs))
+            cost = None if announced else usage
+            announced.append(ToolCalled(call.id, call.name, call.arguments, needs, cost))
         self._append(announced)
         return announced
 
@@ -136,10 +140,7 @@ class Calls:
             value, is_error = await self._try(called, complaint)
             content = as_result(value)
         except ToolError as error:
-            content, is_error = str(error), True
-        except TimeoutError:
-            content = f"The tool took over {self._limits.tool_timeout:g} s and was stopped."
-            is_error = True
+            content, is_error = as_result(str(error)), True
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -150,7 +151,7 @@ class Calls:
             content, is_error = f"The tool failed: {type(error).__name__}.", True
         finally:
             self._unfinished.pop(called.tool_call_id, None)
-        return ToolReturned(called.tool_call_id, called.name, as_result(content), is_error)
+        return ToolReturned(called.tool_call_id, called.name, content, is_error)
 
     async def _try(self, called: ToolCalled, complaint: str | None) -> tuple[Any, bool]:
         if complaint is not None:
@@ -162,8 +163,13 @@ class Calls:
             return f"There is no tool named {called.name!r} to use here.", True
         if called.needs == "approval" and (refusal := await self._refused(called)) is not None:
             return refusal, True
-        async with asyncio.timeout(self._limits.tool_timeout):
-            return await tool.invoke(self._context(called), called.arguments), False
+        try:
+            async with asyncio.timeout(self._limits.tool_timeout) as bound:
+                return await tool.invoke(self._context(called), called.arguments), False
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            return f"The tool took over {self._limits.tool_timeout:g} s and was stopped.", True
 
     async def _at_client(self, called: ToolCalled) -> tuple[str, bool]:
         try:
@@ -182,6 +188,8 @@ class Calls:
             self._unfinished[called.tool_call_id] = None
         assert isinstance(reply, Approval)
         if reply.approved:
+            # Told, so that after a crash nobody is asked again for what may have been done.
+            self._append([ToolProgress(called.tool_call_id, called.name, APPROVED)])
             return None
         return "The user refused the call." + (f" Reason: {reply.reason}" if reply.reason else "")
 

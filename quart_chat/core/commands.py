@@ -171,6 +171,17 @@ class PastMessage(_Value):
     name: Name | None = None
     thread_id: Id | None = None
 
+    @model_validator(mode="after")
+    def _is_whole(self) -> PastMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls belong to role assistant")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id belongs to role tool, which needs it")
+        ids = [call.id for call in self.tool_calls or ()]
+        if len(set(ids)) != len(ids):
+            raise ValueError("two tool_calls have one id")
+        return self
+
     @property
     def calls(self) -> tuple[ToolCall, ...]:
         return tuple(ToolCall(c.id, c.name, c.arguments) for c in self.tool_calls or ())

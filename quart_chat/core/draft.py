@@ -18,6 +18,7 @@ from .events import (
     Reasoning,
     Start,
     ToolCalled,
+    ToolProgress,
     ToolReturned,
 )
 from .messages import (
@@ -41,6 +42,8 @@ class Draft:
     parent_id: str | None = None
     ended: bool = False
     usage: Usage = field(default_factory=Usage)
+    round_usage: Usage = field(default_factory=Usage)
+    begun: set[str] = field(default_factory=set)
     texts: list[str] = field(default_factory=list)
     reasonings: list[str] = field(default_factory=list)
     calls: dict[str, ToolCalled] = field(default_factory=dict)
@@ -56,12 +59,16 @@ class Draft:
                 self.reasonings.append(text)
             case ToolCalled(call_id):
                 self.calls[call_id] = event
+                self.round_usage += Usage.of(event.usage or {})
+            case ToolProgress(call_id):
+                self.begun.add(call_id)
             case ToolReturned(call_id):
                 self.results[call_id] = event
             case MessageStored(message):
                 self.stored_seq, self.parent_id = seq, message["id"]
                 self.usage += Usage.of(message.get("usage") or {})
                 self.texts, self.reasonings, self.calls, self.results = [], [], {}, {}
+                self.round_usage, self.begun = Usage(), set()
             case Start():
                 self.start = event
             case End():
@@ -75,7 +82,12 @@ class Draft:
     @property
     def awaits_approval(self) -> bool:
         """Whether a person has still to agree to a call."""
-        return any(call.needs == "approval" for call in self.missing)
+        return any(call.needs == "approval" for call in self.waiting)
+
+    @property
+    def waiting(self) -> list[ToolCalled]:
+        """The calls that wait for somebody; nothing of them has happened."""
+        return [call for call in self.missing if call.needs and call.tool_call_id not in self.begun]
 
 
 async def fold(log: EventLog, run_id: str, after: int) -> Draft:

@@ -53,6 +53,8 @@ class ToolCalled:
     name: str
     arguments: dict[str, Any]
     needs: Literal["approval", "client"] | None = None
+    usage: dict[str, Any] | None = None
+    """For the log alone: what the round has cost that made the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +154,12 @@ _FIELDS = {kind: tuple(f.name for f in fields(kind)) for kind in EVENT_TYPES.val
 _LEFT_OUT_WHEN_NONE = frozenset({"retry_after", "reference"})
 
 
-def as_fields(event: Event) -> dict[str, Any]:
-    """The event's own fields, as on the wire."""
+def as_fields(event: Event, *, for_log: bool = False) -> dict[str, Any]:
+    """The event's own fields, as on the wire, or with what only the log keeps."""
     return {
         name: value
         for name in _FIELDS[type(event)]
+        if for_log or name != "usage" or not isinstance(event, ToolCalled)
         if (value := getattr(event, name)) is not None or name not in _LEFT_OUT_WHEN_NONE
     }
 

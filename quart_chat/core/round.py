@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -101,12 +102,13 @@ class Round:
 
     def _belongs_to(self, delta: CallDelta) -> _Fragment | None:
         """The call that a fragment continues: providers name it by index, by id, or not at all."""
+        for known in self._fragments:
+            if delta.id and delta.id == known.id and delta.index in (None, known.index):
+                return known
         for known in reversed(self._fragments):
             same_id = not delta.id or not known.id or delta.id == known.id
             if delta.index is not None and known.index == delta.index:
                 return known if same_id else None
-            if delta.index is None and delta.id and delta.id == known.id:
-                return known
         if delta.index is None and not delta.id and not delta.name and self._fragments:
             return self._fragments[-1]
         return None
@@ -124,8 +126,13 @@ class Round:
             arguments, complaint = _decoded("".join(fragment.arguments))
             if complaint is not None:
                 complaints[call_id] = complaint
-            calls.append(ToolCall(call_id, fragment.name or "unnamed", arguments))
+            calls.append(ToolCall(call_id, _name(fragment.name), arguments))
         return calls, complaints
+
+
+def _name(given: str) -> str:
+    """A name that providers take back, also where the model made one up."""
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", given)[:64] or "unnamed"
 
 
 class _Fragment:

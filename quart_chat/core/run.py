@@ -91,6 +91,7 @@ class Run:
         self._stored_seq = 1
         self._round: Round | None = None
         self._usage = Usage()
+        self._resumed_usage: Usage | None = None
         self._calls: Calls | None = None
         self._task: asyncio.Task[None] | None = None
         self._asked: Outcome | None = None
@@ -125,7 +126,8 @@ class Run:
     def go_on(self, draft: Draft) -> None:
         """Continue where a process before this one waited for an approval."""
         self._stored_seq = draft.stored_seq
-        self._usage = draft.usage
+        self._usage = draft.usage + draft.round_usage
+        self._resumed_usage = draft.round_usage
         self._parent_id = draft.parent_id or self._parent_id
         self._task = asyncio.create_task(self._live(draft), name=f"quart_chat run {self.id}")
 
@@ -200,18 +202,19 @@ class Run:
     async def _answer(self, draft: Draft | None, timeout: asyncio.Timeout) -> None:
         schemas = self.turn.toolbox.schemas()
         if draft is not None:
-            lost = [called for called in draft.missing if called.needs is None]
-            self._append(unfinished(lost))
-            waiting = [called for called in draft.missing if called.needs is not None]
+            waiting = draft.waiting
+            self._append(unfinished(call for call in draft.missing if call not in waiting))
             await self._use_tools(waiting, {}, timeout)
         for _ in range(self._limits.max_tool_rounds):
             await self._ask_model(schemas)
             assert self._round is not None
             calls, complaints = self._round.calls()
-            if not calls or not schemas:
+            if not calls:
                 return
             self._calls = self._new_calls()
-            await self._use_tools(self._calls.announce(calls, complaints), complaints, timeout)
+            cost = self._round.usage.as_json()
+            announced = self._calls.announce(calls, complaints, cost)
+            await self._use_tools(announced, complaints, timeout)
         await self._ask_model([])
         raise RunError(
             f"The model used tools in {self._limits.max_tool_rounds} rounds, which is the bound.",
@@ -302,13 +305,12 @@ class Run:
         return events
 
     def _told(self, status: Status) -> dict[str, Any]:
-        usage = self._round.usage.as_json() if self._round else None
-        turn = self.turn
+        turn, usage = self.turn, self._round.usage if self._round else self._resumed_usage
         return {
             "model": turn.model,
             "provider": turn.provider_name,
             "status": status,
-            "usage": usage,
+            "usage": usage.as_json() if usage else None,
         }
 
     async def _draft(self) -> Draft:

@@ -194,8 +194,10 @@ class Runs:
         for run in [run for run in self._runs.values() if run.record.user == user]:
             await self.stop(run)
 
-    async def drain(self, seconds: float, *, durable: bool) -> None:
+    async def drain(self, seconds: float, *, durable: bool) -> set[str]:
         """Take no more, let runs end for so long, and store the rest as interrupted.
+
+        Gives the ids of those that did not end.
 
         Runs that wait for a person's approval are left to the next process where the log is
         ``durable``.
@@ -203,7 +205,8 @@ class Runs:
         self.draining = True
         for user, thread_id in list(self._queues):
             self.drop_queue(user, thread_id)
-        for run in [run for run in self._runs.values() if durable and run.waits_for_people]:
+        left = [run for run in self._runs.values() if durable and run.waits_for_people]
+        for run in left:
             run.suspend()
         living = list(self._runs.values())
         if living and seconds > 0:
@@ -213,8 +216,10 @@ class Runs:
                 wait.cancel()
         for run in living:
             if durable and run.waits_for_people:
+                left.append(run)
                 run.suspend()
             else:
                 run.interrupt()
         for run in living:
             await run.finished.wait()
+        return {run.id for run in left}

@@ -59,6 +59,7 @@ class Tool:
     invoke: Callable[[ToolContext, dict[str, Any]], Awaitable[Any]]
     needs_approval: Approval = False
     users: Callable[[str], bool] | None = None
+    convert: Callable[[dict[str, Any]], dict[str, Any]] | None = field(default=None, compare=False)
     function: Callable[..., Any] | None = field(default=None, compare=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,9 +74,13 @@ class Tool:
 
     def asks_first(self, arguments: dict[str, Any]) -> bool:
         """Whether a person has to approve a call with these arguments."""
-        if callable(self.needs_approval):
-            return bool(self.needs_approval(arguments))
-        return self.needs_approval
+        if not callable(self.needs_approval):
+            return self.needs_approval
+        try:
+            values = self.convert(arguments) if self.convert else arguments
+        except ToolError:
+            return False  # the call will not be made
+        return bool(self.needs_approval(values))
 
 
 def function_schema(name: str, description: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,6 +137,7 @@ def tool(
             description=summary,
             parameters=_schema(signature.model),
             invoke=functools.partial(_invoke, function, signature),
+            convert=functools.partial(_converted, signature),
             needs_approval=needs_approval,
             users=users,
             function=function,
@@ -197,17 +203,22 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
     return schema
 
 
+def _converted(signature: _Signature, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The values that the function gets, defaults included. Raises ToolError."""
+    try:
+        values = signature.model.model_validate(arguments)
+    except ValidationError as error:
+        raise ToolError(_complaint(error)) from None
+    return {name: getattr(values, field_name) for field_name, name in signature.fields.items()}
+
+
 async def _invoke(
     function: Callable[..., Any],
     signature: _Signature,
     context: ToolContext,
     arguments: dict[str, Any],
 ) -> Any:
-    try:
-        values = signature.model.model_validate(arguments)
-    except ValidationError as error:
-        raise ToolError(_complaint(error)) from None
-    given = {name: getattr(values, field_name) for field_name, name in signature.fields.items()}
+    given = _converted(signature, arguments)
     if signature.context is not None:
         given[signature.context] = context
     try:

@@ -79,6 +79,8 @@ def event_schemas(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for kind, event in EVENT_TYPES.items():
         schema = _schema(event, schemas)
         properties = schema.setdefault("properties", {})
+        if kind == "tool_call":
+            properties.pop("usage")
         if kind == "message":
             schemas["MessageDocument"] = _schema(MessageDocument, schemas)
             properties["message"] = {"$ref": REFERENCES.format(model="MessageDocument")}

@@ -22,6 +22,9 @@ logger = logging.getLogger("quart_chat.http")
 EXTENSION = "quart_chat"
 NO_STORE = "no-store"
 
+LAST_EVENTS_SECONDS = 2
+"""How long the followers of runs that have ended may take for the last events."""
+
 DISCARDED_BYTES = 16 * 1024 * 1024
 """So much of a body that is too large is read and forgotten: a client that still sends when the
 connection closes does not see why."""
@@ -36,6 +39,7 @@ class ChatServer:
     guard: Guard
     archive: Archive
     closers: set[Callable[[], None]] = field(default_factory=set)
+    deliveries: dict[asyncio.Future[None], str] = field(default_factory=dict)
 
     @property
     def server(self) -> ChatServer:
@@ -50,7 +54,10 @@ class ChatServer:
 
     async def drain(self, seconds: float, *, durable: bool) -> None:
         """Let running answers end for so long, store the rest, and close every connection."""
-        await self.conversation.runs.drain(seconds, durable=durable)
+        left = await self.conversation.runs.drain(seconds, durable=durable)
+        ending = [each for each, run_id in self.deliveries.items() if run_id not in left]
+        if ending:
+            await asyncio.wait(ending, timeout=LAST_EVENTS_SECONDS)
         self.close_connections()
         while self.closers:
             await asyncio.sleep(0.01)

@@ -188,9 +188,15 @@ class _Stream:
                 told = {"thread_id": self.thread_id, "message": STOPPED_BY_USER, **more}
                 yield sse_frame({"type": "generation_stopped", **told})
                 return
-        with self._server.conversation.watching(following):
-            async for frames in self._events(following, pulse):
-                yield frames
+        delivered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._server.deliveries[delivered] = following.record.id
+        try:
+            with self._server.conversation.watching(following):
+                async for frames in self._events(following, pulse):
+                    yield frames
+        finally:
+            del self._server.deliveries[delivered]
+            delivered.cancel()
 
     async def _turn(self) -> tuple[Following | None]:
         assert isinstance(self._sent, Queued)

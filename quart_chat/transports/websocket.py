@@ -281,6 +281,8 @@ class _Connection:
             known.cancel()
             before = None if before is known else before
         task = self._spawn(self._deliver(following, text, before))
+        self._server.deliveries[task] = record.id
+        task.add_done_callback(self._server.deliveries.pop)
         self._followers[record.id] = task
         self._last_of_thread[record.thread_id] = task
 

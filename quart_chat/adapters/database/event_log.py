@@ -438,7 +438,7 @@ def encode(numbered: Iterable[Numbered]) -> list[tuple[int, bytes]]:
             else:
                 entries.append([event.type, seq, [event.content]])
         else:
-            entries.append([event.type, seq, as_fields(event)])
+            entries.append([event.type, seq, as_fields(event, for_log=True)])
     if entries:
         rows.append((last, msgpack.packb(_joined(entries))))
     return rows
