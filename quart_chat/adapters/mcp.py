@@ -18,6 +18,9 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 START_SECONDS = 30
 
+CONNECTION_CLOSED = -32000
+"""The MCP package's own error code for a server that is gone."""
+
 
 class MCPTools:
     """Stays connected to one server and registers its tools as ``<server>_<tool>``."""
@@ -135,7 +138,8 @@ class MCPTools:
         try:
             result = await self._session.call_tool(remote, arguments)
         except Exception as error:
-            if getattr(error, "error", None) is None:
+            code = getattr(getattr(error, "error", None), "code", None)
+            if code in (None, CONNECTION_CLOSED):
                 self._lost.set()
             logger.warning("a call to the MCP server %s failed: %s", self._name, _reason(error))
             raise ToolError(f"The tool's server ({self._name}) failed.") from None

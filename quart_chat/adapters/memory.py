@@ -219,8 +219,9 @@ class MemoryEventLog:
         self._ended: OrderedDict[str, _Log] = OrderedDict()
         self._chars = 0
 
-    async def open(self, run: RunRecord) -> None:
+    async def open(self, run: RunRecord, first: Sequence[Event] = ()) -> None:
         self._logs[run.id] = _Log(run)
+        self.append(run.id, first)
 
     def append(self, run_id: str, events: Sequence[Event]) -> int:
         log = self._logs[run_id]

@@ -352,7 +352,7 @@ class Conversation:
             message_id=new_id(),
         )
         turn = await self.turn(record, question, history)
-        await self._log.open(record)
+        await self._log.open(record, [turn.first_event()])
         run = Run(turn, self._log, self.storage, self._limits)
         self.runs.add(run)
         run.start()

@@ -106,8 +106,8 @@ class EventLog(Protocol):
 
     durable: bool
 
-    async def open(self, run: RunRecord) -> None:
-        """Begin a run's log; durable when it returns."""
+    async def open(self, run: RunRecord, first: Sequence[Event] = ()) -> None:
+        """Begin a run's log with its first events; durable when it returns."""
 
     def append(self, run_id: str, events: Sequence[Event]) -> int:
         """Number the events and give the newest number. Never waits, for nobody."""

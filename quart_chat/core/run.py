@@ -59,6 +59,16 @@ class Turn:
     toolbox: Toolbox = field(default_factory=Toolbox)
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def first_event(self) -> Start:
+        """What the run's log begins with."""
+        return Start(
+            message_id=self.record.message_id,
+            user_message_id=self.question.id,
+            parent_id=self.question.parent_id,
+            model=self.model,
+            provider=self.provider_name,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -108,19 +118,7 @@ class Run:
         return self._calls is not None and self._calls.waits_for_people
 
     def start(self) -> None:
-        """Begin: the first event is there when this returns."""
-        turn = self.turn
-        self._append(
-            [
-                Start(
-                    message_id=self.record.message_id,
-                    user_message_id=turn.question.id,
-                    parent_id=turn.question.parent_id,
-                    model=turn.model,
-                    provider=turn.provider_name,
-                )
-            ]
-        )
+        """Begin; the log has been opened with the turn's first event."""
         self._task = asyncio.create_task(self._live(None), name=f"quart_chat run {self.id}")
 
     def go_on(self, draft: Draft) -> None:

@@ -96,25 +96,38 @@ class DatabaseEventLog:
             "UPDATE chat_runs SET owner = '' WHERE owner = ? AND ended_at IS NULL", self._owner
         )
 
-    @inside
-    async def open(self, run: RunRecord) -> None:
-        moment = micros(now())
-        await self._database.fetch(
-            "INSERT INTO chat_runs (id, user_id, thread_id, user_message_id, message_id, owner, "
-            "seen_at, last_seq, created_at, has_events) VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?) "
-            "RETURNING id",
-            run.id,
-            run.user,
-            run.thread_id,
-            run.user_message_id,
-            run.message_id,
-            self._owner,
-            moment,
-            moment,
-            True,
-        )
-        self._live[run.id] = _Live(run)
+    async def open(self, run: RunRecord, first: Sequence[Event] = ()) -> None:
+        live = _Live(run)
+        live.written = live.tail.append(first)
+        await self._open(run, encode(live.tail.between(0, live.written)))
+        self._live[run.id] = live
         self._work.set()
+
+    @inside
+    async def _open(self, run: RunRecord, rows: Sequence[tuple[int, bytes]]) -> None:
+        moment = micros(now())
+        async with self._database.transaction():
+            await self._database.fetch(
+                "INSERT INTO chat_runs (id, user_id, thread_id, user_message_id, message_id, "
+                "owner, seen_at, last_seq, created_at, has_events) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?) RETURNING id",
+                run.id,
+                run.user,
+                run.thread_id,
+                run.user_message_id,
+                run.message_id,
+                self._owner,
+                moment,
+                moment,
+                True,
+            )
+            if rows:
+                await self._write_rows([(run.id, *row) for row in rows])
+
+    async def _write_rows(self, rows: Sequence[tuple[str, int, bytes]]) -> None:
+        await self._database.execute_many(
+            "INSERT INTO chat_events (run_id, last_seq, data) VALUES (?, ?, ?)", rows
+        )
 
     def append(self, run_id: str, events: Sequence[Event]) -> int:
         live = self._live[run_id]
@@ -206,9 +219,7 @@ class DatabaseEventLog:
                 for last, data in encode(live.tail.between(live.written, upto))
             ]
             if rows:
-                await self._database.execute_many(
-                    "INSERT INTO chat_events (run_id, last_seq, data) VALUES (?, ?, ?)", rows
-                )
+                await self._write_rows(rows)
             ends = [
                 (moment, upto, live.record.id)
                 for live, upto, ended in batches
