@@ -86,7 +86,7 @@ async def talk(url: str) -> None:
 async def show_answer(socket: ClientConnection) -> str | None:
     """Show one answer as it comes, and give the id of its thread."""
     async for frame in socket:
-        event = json.loads(frame)
+        event: dict[str, Any] = json.loads(frame)
         match event["type"]:
             case "content":
                 show(event["content"])
@@ -117,7 +117,7 @@ async def typed(prompt: str) -> str | None:
     show(prompt)
     while line := await asyncio.to_thread(sys.stdin.readline):
         if line.strip() or prompt.endswith("[y/N] "):
-            return line.strip()
+            return str(line.strip())
     return None
 
 
