@@ -8,7 +8,6 @@ Run it with Hypercorn, then talk to ws://127.0.0.1:8000/support or http://127.0.
 from __future__ import annotations
 
 import os
-import sys
 
 from quart import Quart, Request, Websocket, jsonify, request
 from tortoise import Tortoise, fields
@@ -42,7 +41,7 @@ async def open_the_shops_database() -> None:
     """The application claims Tortoise's process-wide context; the chat leaves it alone."""
     await Tortoise.init(
         db_url=os.environ.get("SHOP_DB", "sqlite://shop.sqlite3"),
-        modules={"models": [sys.modules[__name__]]},
+        modules={"models": [__name__]},
         _enable_global_fallback=True,
     )
     await Tortoise.generate_schemas()

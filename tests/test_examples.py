@@ -80,7 +80,7 @@ async def shop(tmp_path: Path, endpoint: Endpoint) -> AsyncIterator[Server]:
     while "Running on" not in line:
         line = (await asyncio.wait_for(process.stderr.readline(), SECONDS)).decode()
         assert line, "it did not start"
-    port = re.search(r":(\d+) ", line)
+    port = re.search(r"http://127.0.0.1:(\d+)", line)
     assert port
     yield Server(process, f"http://127.0.0.1:{port[1]}/chat")
     process.terminate()

@@ -221,7 +221,9 @@ class Run:
 
     async def _ask_model(self, schemas: Sequence[Mapping[str, Any]]) -> None:
         turn = self.turn
-        options = {k: v for k, v in turn.options.items() if schemas or k != "tool_choice"}
+        options = dict(turn.options)
+        if not schemas or (self._round is not None and options.get("tool_choice") != "none"):
+            options.pop("tool_choice", None)  # a choice that is forced is made once
         request = ProviderRequest(turn.model, self._prompt(), schemas, options)
         if self._round is not None:
             self._usage += self._round.usage

@@ -150,12 +150,16 @@ class Runs:
         queue.append(waiting)
         return len(queue)
 
-    def drop_queue(self, user: str, thread_id: str) -> int:
-        """Forget who waits in a thread, and count them."""
+    def drop_queue(self, user: str, thread_id: str, error: Exception | None = None) -> int:
+        """Forget who waits in a thread, telling them why, and count them."""
         queue = self._queues.pop((user, thread_id), deque())
         for waiting in queue:
             if not waiting.started.done():
-                waiting.started.set_result(None)
+                if error is None:
+                    waiting.started.set_result(None)
+                else:
+                    waiting.started.set_exception(error)
+                    waiting.started.exception()
         return len(queue)
 
     async def _begin_next(self, key: Key, ended: Run) -> None:
@@ -204,7 +208,7 @@ class Runs:
         """
         self.draining = True
         for user, thread_id in list(self._queues):
-            self.drop_queue(user, thread_id)
+            self.drop_queue(user, thread_id, ServerDraining())
         left = [run for run in self._runs.values() if durable and run.waits_for_people]
         for run in left:
             run.suspend()

@@ -108,6 +108,8 @@ def error_response(error: ChatError) -> Response:
         response.headers["Retry-After"] = str(max(1, -(-int(retry_after * 1000) // 1000)))
     if isinstance(error, NotAuthenticated):
         response.headers["WWW-Authenticate"] = "Bearer"
+    if request.content_length and request.http_version in ("1.0", "1.1"):
+        response.headers["Connection"] = "close"  # the body may not have been read
     return response
 
 
@@ -155,8 +157,6 @@ def guarded(blueprint: Blueprint) -> None:
     @blueprint.errorhandler(Exception)
     async def refuse(error: Exception) -> Response:
         response = error_response(as_chat_error(error))
-        if request.content_length and request.http_version in ("1.0", "1.1"):
-            response.headers["Connection"] = "close"  # the body may not have been read
         if isinstance(error, HTTPException):
             for name, value in error.get_headers():
                 if name in ("Allow", "Retry-After"):

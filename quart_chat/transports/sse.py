@@ -19,7 +19,15 @@ from ..errors import ChatError, InvalidMessage, NotFound, NothingToResume
 from .codec import decode_json, error_event, sse_events, sse_frame
 from .documents import FollowQuery, documents_stream
 from .guard import Place
-from .server import ChatServer, HasServer, body_of, current_server, guarded
+from .server import (
+    ChatServer,
+    HasServer,
+    as_chat_error,
+    body_of,
+    current_server,
+    error_response,
+    guarded,
+)
 
 sse_blueprint = Blueprint("quart_chat_sse", __name__)
 guarded(sse_blueprint)
@@ -51,22 +59,27 @@ class ChatSSERunner:
         self._server = chat.server
 
     async def respond(self, request: Any) -> Response:
-        """Answer a POST (send a message) or a GET (follow a run).
-
-        Raises:
-            ChatError: The request is refused; our own blueprint makes the answer of it.
-        """
+        """Answer a POST (send a message) or a GET (follow a run); a refusal is an answer too."""
         asking: Request = getattr(request, "_get_current_object", lambda: request)()
+        try:
+            self._server.guard.check_origin(asking)
+            if asking.method == "GET":
+                return await self._follow(asking)
+            return await self._send(asking)
+        except NothingToResume:
+            return Response("", 204)
+        except Exception as error:
+            return error_response(as_chat_error(error))
+
+    async def _follow(self, asking: Request) -> Response:
+        user = await self._server.guard.identify(asking, query_token=True)
+        place = self._server.guard.take_place(user.id)
+        return self._stream(_Stream(self._server, user, place, await self._found(asking, user)))
+
+    async def _send(self, asking: Request) -> Response:
         guard, settings = self._server.guard, self._server.settings
-        user = await guard.identify(asking, query_token=asking.method == "GET")
+        user = await guard.identify(asking)
         place = guard.take_place(user.id)
-        if asking.method == "GET":
-            try:
-                return self._stream(
-                    _Stream(self._server, user, place, await self._found(asking, user))
-                )
-            except NothingToResume:
-                return Response("", 204)
         body = await body_of(asking, settings)
         command = parse_message(body, asking.headers.get("Idempotency-Key"))
         guard.take_message(user.id)
