@@ -8,7 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from quart import Blueprint, Request, Response, current_app, jsonify, request
+from quart import (
+    Blueprint,
+    Request,
+    Response,
+    current_app,
+    has_request_context,
+    jsonify,
+    request,
+)
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ..config import Settings
@@ -108,7 +116,8 @@ def error_response(error: ChatError) -> Response:
         response.headers["Retry-After"] = str(max(1, -(-int(retry_after * 1000) // 1000)))
     if isinstance(error, NotAuthenticated):
         response.headers["WWW-Authenticate"] = "Bearer"
-    if request.content_length and request.http_version in ("1.0", "1.1"):
+    asked = has_request_context()  # a socket to an unknown address is refused here as well
+    if asked and request.content_length and request.http_version in ("1.0", "1.1"):
         response.headers["Connection"] = "close"  # the body may not have been read
     return response
 
