@@ -16,7 +16,6 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
-    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -438,6 +437,3 @@ def _check_text(text: str) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise InvalidMessage("A text holds half of a surrogate pair.") from None
-
-
-command_adapter: TypeAdapter[AnyCommand] = TypeAdapter(AnyCommand)

@@ -6,7 +6,7 @@ fast provider and a slow client from costing a frame a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -185,8 +185,3 @@ def merge(numbered: Iterable[Numbered]) -> list[Numbered]:
     if pieces and kind is not None:
         merged.append((last, kind("".join(pieces))))
     return merged
-
-
-def text(events: Sequence[Event]) -> str:
-    """The concatenation of all answer text."""
-    return "".join(event.content for event in events if isinstance(event, Content))
