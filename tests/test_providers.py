@@ -10,7 +10,8 @@ from endpoint import Endpoint, chunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quart_chat.adapters.openai import ChunkReader, EventDecoder
+from quart_chat.adapters.openai.chunks import ChunkReader
+from quart_chat.adapters.openai.event_stream import EventDecoder
 from quart_chat.core.ports import TextDelta
 
 FAILURES = {

@@ -1,0 +1,1 @@
+"""Any OpenAI-compatible endpoint: the SDK asks, the stream is read here."""
