@@ -18,6 +18,7 @@ from conftest import Serve, answer, client, post
 from endpoint import Endpoint
 
 from quart_chat.adapters import stores
+from quart_chat.adapters.database.archive import DatabaseArchive
 from quart_chat.adapters.database.connection import Database
 from quart_chat.adapters.database.event_log import DatabaseEventLog
 from quart_chat.adapters.database.storage import DatabaseStorage
@@ -192,9 +193,9 @@ async def test_the_other_calls_use_indexes(database: Observed) -> None:
 
 async def test_sweeping_uses_indexes(database: Observed) -> None:
     """It is done all the time, by every process."""
-    storage = DatabaseStorage(database)
+    archive = DatabaseArchive(database)
     await uses_indexes_alone(
-        database, lambda: storage.expire(now() - timedelta(days=365 * 200), 100)
+        database, lambda: archive.expire(now() - timedelta(days=365 * 200), 100)
     )
     log = DatabaseEventLog(database, 600)
     await uses_indexes_alone(database, log.expire)

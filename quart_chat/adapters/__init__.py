@@ -14,7 +14,7 @@ from ..core.ports import Archive, Authenticator, EventLog, Storage
 from ..core.tools import Tools
 from ..errors import ConfigurationError
 from .catalogue import CATALOGUE
-from .openai import Endpoint, OpenAIProvider
+from .openai.provider import Endpoint, OpenAIProvider
 
 __all__ = [
     "Stores",
@@ -52,6 +52,7 @@ async def stores(settings: Settings, stack: AsyncExitStack) -> Stores:
 
         memory = MemoryStorage()
         return Stores(memory, memory, MemoryEventLog(settings.event_retention))
+    from .database.archive import DatabaseArchive
     from .database.connection import Database
     from .database.event_log import DatabaseEventLog
     from .database.storage import DatabaseStorage
@@ -62,8 +63,7 @@ async def stores(settings: Settings, stack: AsyncExitStack) -> Stores:
     log = DatabaseEventLog(database, settings.event_retention)
     log.start()
     stack.push_async_callback(log.close)
-    storage = DatabaseStorage(database)
-    return Stores(storage, storage, log)
+    return Stores(DatabaseStorage(database), DatabaseArchive(database), log)
 
 
 def known_providers() -> dict[str, str]:

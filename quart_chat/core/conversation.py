@@ -390,6 +390,8 @@ class Conversation:
         if history is not None:
             past = [_past(message, question.thread_id) for message in history]
             newest = [*past, question][-self._limits.history_messages :]
+        elif leaf is None and question.parent_id is None:
+            newest = [question]
         else:
             window = Window(
                 limit=self._limits.history_messages, order="desc", leaf=leaf or question.id

@@ -144,7 +144,7 @@ class Database:
             self._sqlite = SQLite(self._credentials["file_path"], pragmas)
         self._context = TortoiseContext()
         self._inside = contextvars.copy_context()
-        self._under_way: set[asyncio.Future[Any]] = set()
+        self._under_way: set[asyncio.Task[Any]] = set()
         self._open = False
 
     @property
@@ -211,25 +211,23 @@ class Database:
         if not self._open:
             operation.close()
             raise StorageUnavailable("The database is closed.")
-        future: asyncio.Future[R]
-        if self._sqlite is not None:
-            future = self._sqlite.run(operation)
-        else:
-            future = asyncio.create_task(operation, context=self._inside.copy())
-        self._under_way.add(future)
-        future.add_done_callback(self._done)
         try:
-            return await asyncio.shield(future)
+            if self._sqlite is not None:
+                return await self._sqlite.run(operation)
+            task = asyncio.create_task(operation, context=self._inside.copy())
+            self._under_way.add(task)
+            task.add_done_callback(self._done)
+            return await asyncio.shield(task)
         except (ChatError, asyncio.CancelledError):
             raise
         except Exception as error:
             logger.warning("database: %s: %s", type(error).__name__, _first_line(error))
             raise StorageUnavailable from error
 
-    def _done(self, future: asyncio.Future[Any]) -> None:
-        self._under_way.discard(future)
-        if not future.cancelled():
-            future.exception()
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
@@ -260,6 +258,13 @@ class Database:
         client = self._context.connections.get(CONNECTION)
         count, _ = await client.execute_query(_numbered(sql), list(values))
         return int(count)
+
+    async def insert(self, into: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Insert rows; ``into`` is the statement up to its ``VALUES``."""
+        if self._sqlite is not None:
+            self._sqlite.insert(into, rows)
+            return
+        await self.execute_many(f"{into} VALUES ({', '.join('?' * len(rows[0]))})", rows)
 
     async def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         """One statement for many rows."""

@@ -5,35 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import msgpack
-
-from ...core.events import (
-    EVENT_TYPES,
-    Content,
-    Event,
-    Numbered,
-    Reasoning,
-    as_fields,
-    merge,
-)
+from ...core.events import Event, Numbered, merge
 from ...core.messages import now
 from ...core.ports import RunRecord
 from ...core.tail import Tail
 from ...errors import NothingToResume, StorageUnavailable
+from .batches import decode, encode
 from .connection import Database, inside
 from .ownership import SIGN_SECONDS, claim_name, is_dead, release_name
-from .storage import micros
+from .rows import micros
 
 logger = logging.getLogger("quart_chat.event_log")
 
 FLUSH_SECONDS = 0.2
 """What a killed process can lose at most; the protocol allows 0.25."""
 
-BATCH_CHARS = 256 * 1024
 KEPT_CHARS = 512 * 1024
 PAGE_BYTES = 256 * 1024
 PAGE_ROWS = 500
@@ -125,9 +115,7 @@ class DatabaseEventLog:
                 await self._write_rows([(run.id, *row) for row in rows])
 
     async def _write_rows(self, rows: Sequence[tuple[str, int, bytes]]) -> None:
-        await self._database.execute_many(
-            "INSERT INTO chat_events (run_id, last_seq, data) VALUES (?, ?, ?)", rows
-        )
+        await self._database.insert("INSERT INTO chat_events (run_id, last_seq, data)", rows)
 
     def append(self, run_id: str, events: Sequence[Event]) -> int:
         live = self._live[run_id]
@@ -201,17 +189,18 @@ class DatabaseEventLog:
 
     @inside
     async def _insert(self, batches: Sequence[tuple[_Live, int, bool]]) -> None:
-        locked = "" if self._database.is_sqlite else " FOR UPDATE"
+        joined, locked = ("group_concat", "")
+        if not self._database.is_sqlite:
+            joined, locked = ("string_agg", " FOR UPDATE")
         moment = micros(now())
         async with self._database.transaction():
             # A run that another process has taken over is not ours to write to any more.
-            mine = {
-                row["id"]
-                for row in await self._database.fetch(
-                    "SELECT id FROM chat_runs WHERE owner = ? AND ended_at IS NULL" + locked,
-                    self._owner,
-                )
-            }
+            found = await self._database.fetch(
+                f"SELECT {joined}(id, ',') AS ids FROM (SELECT id FROM chat_runs "
+                f"WHERE owner = ? AND ended_at IS NULL{locked}) AS mine",
+                self._owner,
+            )
+            mine = {*(found[0]["ids"] or "").split(",")}
             rows = [
                 (live.record.id, last, data)
                 for live, upto, _ in batches
@@ -425,55 +414,3 @@ def _settle(waiting: asyncio.Future[None] | None, error: Exception | None) -> No
     else:
         waiting.set_exception(error)
         waiting.exception()
-
-
-def encode(numbered: Iterable[Numbered]) -> list[tuple[int, bytes]]:
-    """Events as rows of at most about 256 K characters, each with its last number.
-
-    Deltas that stand side by side become one text and the lengths of its pieces, so that a client
-    can go on after any of them.
-    """
-    rows: list[tuple[int, bytes]] = []
-    entries: list[Any] = []
-    chars = last = 0
-    for seq, event in numbered:
-        if chars >= BATCH_CHARS:
-            rows.append((last, msgpack.packb(_joined(entries))))
-            entries, chars = [], 0
-        last = seq
-        if isinstance(event, Content | Reasoning):
-            chars += len(event.content)
-            newest = entries[-1] if entries else None
-            if newest is not None and newest[0] == event.type and newest[1] == seq - len(newest[2]):
-                newest[2].append(event.content)
-            else:
-                entries.append([event.type, seq, [event.content]])
-        else:
-            entries.append([event.type, seq, as_fields(event, for_log=True)])
-    if entries:
-        rows.append((last, msgpack.packb(_joined(entries))))
-    return rows
-
-
-def _joined(entries: list[Any]) -> list[Any]:
-    return [
-        [kind, first, "".join(what), [len(piece) for piece in what]]
-        if isinstance(what, list)
-        else [kind, first, what]
-        for kind, first, what in entries
-    ]
-
-
-def decode(data: bytes, after: int) -> Iterable[Numbered]:
-    """The events of a row that come after number ``after``."""
-    for kind, first, what, *lengths in msgpack.unpackb(data, strict_map_key=False):
-        event_type: Any = EVENT_TYPES[kind]
-        if not lengths:
-            if first > after:
-                yield first, event_type(**what)
-            continue
-        start = 0
-        for seq, length in enumerate(lengths[0], first):
-            if seq > after:
-                yield seq, event_type(what[start : start + length])
-            start += length

@@ -17,6 +17,9 @@ R = TypeVar("R")
 
 CACHED_STATEMENTS = 256
 
+INSERTED_ROWS = 64
+"""Rows of one INSERT at most; halves of it for the rest, so that few statements are prepared."""
+
 
 class SQLite:
     """The connection; its statements are for the operations that ``run`` drives."""
@@ -35,7 +38,6 @@ class SQLite:
         connection = sqlite3.connect(
             self._path, isolation_level=None, cached_statements=CACHED_STATEMENTS
         )
-        connection.row_factory = sqlite3.Row
         for name, value in self._pragmas.items():
             connection.execute(f"PRAGMA {name}={value}")
         self._connection = connection
@@ -49,12 +51,27 @@ class SQLite:
         self._thread.shutdown(wait=False)
 
     def run(self, operation: Coroutine[Any, Any, R]) -> asyncio.Future[R]:
-        """Begin an operation; the future has its result."""
-        return asyncio.get_running_loop().run_in_executor(self._thread, _drive, operation)
+        """Begin an operation, which nothing ends early; the future has its result."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+
+        def work() -> None:
+            result: R | None = None
+            failure: BaseException | None = None
+            try:
+                result = _drive(operation)
+            except BaseException as error:
+                failure = error
+            loop.call_soon_threadsafe(_settle, future, result, failure)
+
+        self._thread.submit(work)
+        return future
 
     def fetch(self, sql: str, values: Sequence[Any]) -> list[dict[str, Any]]:
         """The rows of a statement."""
-        return [dict(row) for row in self._cursor().execute(sql, values)]
+        cursor = self._cursor().execute(sql, values)
+        names = [column[0] for column in cursor.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     def execute(self, sql: str, values: Sequence[Any]) -> int:
         """The number of rows that a statement changed."""
@@ -64,10 +81,30 @@ class SQLite:
         """One statement for many rows."""
         self._cursor().executemany(sql, rows)
 
+    def insert(self, into: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Insert rows, many in a statement: between two steps the interpreter may be taken away."""
+        left, size = list(rows), INSERTED_ROWS
+        while left:
+            while size > len(left):
+                size //= 2
+            values = f"({', '.join('?' * len(left[0]))})"
+            statement = f"{into} VALUES {', '.join([values] * size)}"
+            self._cursor().execute(statement, [each for row in left[:size] for each in row])
+            del left[:size]
+
     def _cursor(self) -> sqlite3.Cursor:
         if self._connection is None:
             raise sqlite3.OperationalError("the database is closed")
         return self._connection.cursor()
+
+
+def _settle(future: asyncio.Future[Any], result: Any, failure: BaseException | None) -> None:
+    if future.cancelled():
+        return
+    if failure is None:
+        future.set_result(result)
+    else:
+        future.set_exception(failure)
 
 
 def _drive(operation: Coroutine[Any, Any, R]) -> R:

@@ -1,27 +1,23 @@
-"""Threads and messages in SQLite or PostgreSQL; also their archive."""
+"""Threads and messages in SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 
-from ...core.messages import Content, Message, Thread, ToolCall, now, rfc3339, text_of, title_from
+from ...core.messages import Message, Thread, now, text_of, title_from
 from ...core.ports import Window
 from ...errors import IdConflict, NotFound
 from .connection import Database, inside
-
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-EXPORT_PAGE = 500
+from .rows import delete_thread, dump, message_of, micros, thread_of
+from .search import search
 
 MAX_SEGMENTS = 400
 """SQLite joins at most 500 selects in a statement."""
-
-POSTGRES_WORDS = "regexp_replace(lower({}), '\\W+', ' ', 'g')"
-"""What is indexed: without it the parser takes addresses, versions and file names for one word."""
 
 MESSAGE_COLUMNS = (
     "user_id, thread_id, id, position, branch, lineage, parent_id, run_id, role, text, parts, "
@@ -33,64 +29,6 @@ INSERT_MESSAGE = (
     f"VALUES ({', '.join('?' * len(MESSAGE_COLUMNS.split(', ')))}) "
     "ON CONFLICT (user_id, thread_id, id) DO NOTHING RETURNING row_id"
 )
-
-
-def micros(moment: datetime) -> int:
-    """Microseconds since 1970."""
-    return (moment - EPOCH) // timedelta(microseconds=1)
-
-
-def _moment(value: int) -> datetime:
-    return EPOCH + timedelta(microseconds=value)
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _load(text: str | None) -> Any:
-    return None if text is None else json.loads(text)
-
-
-def _thread(row: Mapping[str, Any]) -> Thread:
-    return Thread(
-        id=row["id"],
-        title=row["title"] if row["title"] is not None else row["preview"],
-        metadata=_load(row["metadata"]),
-        message_count=row["message_count"],
-        created_at=_moment(row["created_at"]),
-        updated_at=_moment(row["updated_at"]),
-    )
-
-
-def _message(row: Mapping[str, Any]) -> Message:
-    calls = _load(row["tool_calls"]) or ()
-    return Message(
-        id=row["id"],
-        thread_id=row["thread_id"],
-        role=row["role"],
-        content=_content(row),
-        parent_id=row["parent_id"],
-        run_id=row["run_id"],
-        reasoning=row["reasoning"],
-        tool_calls=tuple(ToolCall(**call) for call in calls),
-        tool_call_id=row["tool_call_id"],
-        name=row["name"],
-        model=row["model"],
-        provider=row["provider"],
-        status=row["status"],
-        usage=_load(row["token_usage"]),
-        feedback=_load(row["feedback"]),
-        metadata=_load(row["metadata"]),
-        options=_load(row["options"]),
-        created_at=_moment(row["created_at"]),
-        position=row["position"],
-    )
-
-
-def _content(row: Mapping[str, Any]) -> Content:
-    parts: list[dict[str, Any]] | None = _load(row["parts"])
-    return str(row["text"]) if parts is None else parts
 
 
 Place = tuple[int, int, str]
@@ -112,7 +50,7 @@ class DatabaseStorage:
             user,
             thread.id,
             thread.title,
-            _dump(thread.metadata),
+            dump(thread.metadata),
             micros(thread.created_at),
             micros(thread.updated_at),
         )
@@ -130,7 +68,7 @@ class DatabaseStorage:
             words = re.findall(r"\w+", query.lower())
             if not words:
                 return []
-            condition, searched = self._search(user, words)
+            condition, searched = search(self._database, user, words)
             where.append(condition)
             values += searched
         if after is not None:
@@ -142,35 +80,11 @@ class DatabaseStorage:
             *values,
             limit,
         )
-        return [_thread(row) for row in rows]
-
-    def _search(self, user: str, words: Sequence[str]) -> tuple[str, list[Any]]:
-        if self._database.is_sqlite:
-            terms = " ".join(f'"{word}" *' for word in words)
-            match = f'owner : "{user.encode().hex()}" AND body : ({terms})'
-            return (
-                "(t.row_id IN (SELECT rowid FROM chat_thread_search WHERE chat_thread_search "
-                "MATCH ?) OR t.id IN (SELECT m.thread_id FROM chat_message_search s "
-                "JOIN chat_messages m ON m.row_id = s.rowid "
-                "WHERE chat_message_search MATCH ? AND m.user_id = ?))"
-            ), [match, match, user]
-        query = POSTGRES_WORDS.format("?::text")
-        query = f"replace(nullif(btrim({query}), ''), ' ', ':* & ')"
-        query = f"to_tsquery('simple', {query} || ':*')"
-
-        def matches(column: str) -> str:
-            body = POSTGRES_WORDS.format(f"left(coalesce({column}, ''), 200000)")
-            return f"to_tsvector('simple', {body}) @@ {query}"
-
-        text = " ".join(words)
-        return (
-            f"({matches('t.title')} OR t.id IN (SELECT m.thread_id FROM chat_messages m "
-            f"WHERE m.user_id = ? AND {matches('m.text')}))"
-        ), [text, user, text]
+        return [thread_of(row) for row in rows]
 
     @inside
     async def thread(self, user: str, thread_id: str) -> Thread:
-        return _thread(await self._thread_row(user, thread_id))
+        return thread_of(await self._thread_row(user, thread_id))
 
     async def _thread_row(self, user: str, thread_id: str) -> dict[str, Any]:
         rows = await self._database.fetch(
@@ -185,7 +99,7 @@ class DatabaseStorage:
         if changes:
             columns = ", ".join(f"{name} = ?" for name in ("title", "metadata") if name in changes)
             values = [changes["title"]] if "title" in changes else []
-            values += [_dump(changes["metadata"])] if "metadata" in changes else []
+            values += [dump(changes["metadata"])] if "metadata" in changes else []
             await self._database.execute(
                 f"UPDATE chat_threads SET {columns} WHERE user_id = ? AND id = ?"
                 + (" AND title IS NULL" if only_untitled else ""),
@@ -193,27 +107,12 @@ class DatabaseStorage:
                 user,
                 thread_id,
             )
-        return _thread(await self._thread_row(user, thread_id))
+        return thread_of(await self._thread_row(user, thread_id))
 
     @inside
     async def delete_thread(self, user: str, thread_id: str) -> None:
-        if not await self._delete(user, thread_id):
+        if not await delete_thread(self._database, user, thread_id):
             raise NotFound("There is no such thread.")
-
-    async def _delete(self, user: str, thread_id: str) -> bool:
-        of_thread = "WHERE user_id = ? AND thread_id = ?"
-        async with self._database.transaction():
-            gone = await self._database.execute(
-                "DELETE FROM chat_threads WHERE user_id = ? AND id = ?", user, thread_id
-            )
-            await self._database.execute(
-                f"DELETE FROM chat_events WHERE run_id IN (SELECT id FROM chat_runs {of_thread})",
-                user,
-                thread_id,
-            )
-            for table in ("chat_runs", "chat_messages"):
-                await self._database.execute(f"DELETE FROM {table} {of_thread}", user, thread_id)
-        return gone > 0
 
     @inside
     async def add_messages(
@@ -305,7 +204,7 @@ class DatabaseStorage:
         )
         if not continued:
             return branch, lineage
-        return position, _dump([*json.loads(lineage), [branch, parent_position]])
+        return position, dump([*json.loads(lineage), [branch, parent_position]])
 
     async def _place(self, user: str, thread_id: str, message_id: str) -> Place:
         rows = await self._database.fetch(
@@ -332,18 +231,18 @@ class DatabaseStorage:
             message.run_id,
             message.role,
             text_of(message.content),
-            None if isinstance(message.content, str) else _dump(message.content),
+            None if isinstance(message.content, str) else dump(message.content),
             message.reasoning,
-            _dump(calls) if calls else None,
+            dump(calls) if calls else None,
             message.tool_call_id,
             message.name,
             message.model,
             message.provider,
             message.status,
-            _dump(message.usage) if message.usage is not None else None,
+            dump(message.usage) if message.usage is not None else None,
             None,
-            _dump(message.metadata),
-            _dump(message.options),
+            dump(message.metadata),
+            dump(message.options),
             micros(message.created_at),
         )
         return bool(rows)
@@ -355,7 +254,7 @@ class DatabaseStorage:
             thread_id,
             message_id,
         )
-        return _message(_only(rows, "There is no such message in this thread."))
+        return message_of(_only(rows, "There is no such message in this thread."))
 
     @inside
     async def messages(self, user: str, thread_id: str, window: Window) -> Sequence[Message]:
@@ -414,7 +313,7 @@ class DatabaseStorage:
             *values,
             window.limit,
         )
-        return [_message(row) for row in rows]
+        return [message_of(row) for row in rows]
 
     @inside
     async def set_feedback(
@@ -422,7 +321,7 @@ class DatabaseStorage:
     ) -> None:
         changed = await self._database.execute(
             "UPDATE chat_messages SET feedback = ? WHERE user_id = ? AND thread_id = ? AND id = ?",
-            None if feedback is None else _dump(feedback),
+            None if feedback is None else dump(feedback),
             user,
             thread_id,
             message_id,
@@ -430,80 +329,8 @@ class DatabaseStorage:
         if not changed:
             raise NotFound("There is no such message in this thread.")
 
-    async def export(self, user: str) -> AsyncGenerator[dict[str, Any], None]:
-        tables = (("thread", "chat_threads"), ("message", "chat_messages"), ("run", "chat_runs"))
-        for kind, table in tables:
-            key = "id" if table == "chat_runs" else "row_id"
-            after: Any = "" if key == "id" else 0
-            while rows := await self._page(table, key, user, after):
-                for row in rows:
-                    yield _exported(kind, row)
-                after = rows[-1][key]
-
-    @inside
-    async def _page(self, table: str, key: str, user: str, after: Any) -> list[dict[str, Any]]:
-        return await self._database.fetch(
-            f"SELECT * FROM {table} WHERE user_id = ? AND {key} > ? ORDER BY {key} LIMIT ?",
-            user,
-            after,
-            EXPORT_PAGE,
-        )
-
-    async def erase(self, user: str) -> int:
-        count = 0
-        while rows := await self._page("chat_threads", "row_id", user, 0):
-            for row in rows:
-                await self._erase_one(user, row["id"])
-            count += len(rows)
-        await self._erase_rest(user)
-        return count
-
-    @inside
-    async def _erase_rest(self, user: str) -> None:
-        """What a thread's deletion by another process may have left."""
-        of_user = "WHERE user_id = ?"
-        async with self._database.transaction():
-            await self._database.execute(
-                f"DELETE FROM chat_events WHERE run_id IN (SELECT id FROM chat_runs {of_user})",
-                user,
-            )
-            for table in ("chat_runs", "chat_messages"):
-                await self._database.execute(f"DELETE FROM {table} {of_user}", user)
-
-    @inside
-    async def _erase_one(self, user: str, thread_id: str) -> bool:
-        return await self._delete(user, thread_id)
-
-    @inside
-    async def expire(self, before: datetime, limit: int) -> int:
-        rows = await self._database.fetch(
-            "SELECT user_id, id FROM chat_threads WHERE updated_at < ? LIMIT ?",
-            micros(before),
-            limit,
-        )
-        for row in rows:
-            await self._delete(row["user_id"], row["id"])
-        return len(rows)
-
 
 def _only(rows: Sequence[dict[str, Any]], otherwise: str) -> dict[str, Any]:
     if not rows:
         raise NotFound(otherwise)
     return rows[0]
-
-
-def _exported(kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    if kind == "thread":
-        return {"type": kind, **_thread(row).as_json(None)}
-    if kind == "message":
-        return {"type": kind, **_message(row).as_json()}
-    ended = row["ended_at"]
-    return {
-        "type": kind,
-        "id": row["id"],
-        "thread_id": row["thread_id"],
-        "user_message_id": row["user_message_id"],
-        "message_id": row["message_id"],
-        "created_at": rfc3339(_moment(row["created_at"])),
-        "ended_at": rfc3339(_moment(ended)) if ended is not None else None,
-    }

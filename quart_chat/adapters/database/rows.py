@@ -1,0 +1,94 @@
+"""What the columns of a row mean, and which rows a thread has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from ...core.messages import Content, Message, Thread, ToolCall
+from .connection import Database
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def micros(moment: datetime) -> int:
+    """Microseconds since 1970."""
+    return (moment - EPOCH) // timedelta(microseconds=1)
+
+
+def moment(value: int) -> datetime:
+    """The moment so many microseconds after 1970."""
+    return EPOCH + timedelta(microseconds=value)
+
+
+def dump(value: Any) -> str:
+    """Compact JSON for a column."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _load(text: str | None) -> Any:
+    if text is None or text == "{}":  # most columns of most messages
+        return None if text is None else {}
+    return json.loads(text)
+
+
+def thread_of(row: Mapping[str, Any]) -> Thread:
+    """A row of ``chat_threads``."""
+    return Thread(
+        id=row["id"],
+        title=row["title"] if row["title"] is not None else row["preview"],
+        metadata=_load(row["metadata"]),
+        message_count=row["message_count"],
+        created_at=moment(row["created_at"]),
+        updated_at=moment(row["updated_at"]),
+    )
+
+
+def message_of(row: Mapping[str, Any]) -> Message:
+    """A row of ``chat_messages``."""
+    calls = _load(row["tool_calls"]) or ()
+    return Message(
+        id=row["id"],
+        thread_id=row["thread_id"],
+        role=row["role"],
+        content=_content(row),
+        parent_id=row["parent_id"],
+        run_id=row["run_id"],
+        reasoning=row["reasoning"],
+        tool_calls=tuple(ToolCall(**call) for call in calls),
+        tool_call_id=row["tool_call_id"],
+        name=row["name"],
+        model=row["model"],
+        provider=row["provider"],
+        status=row["status"],
+        usage=_load(row["token_usage"]),
+        feedback=_load(row["feedback"]),
+        metadata=_load(row["metadata"]),
+        options=_load(row["options"]),
+        created_at=moment(row["created_at"]),
+        position=row["position"],
+    )
+
+
+def _content(row: Mapping[str, Any]) -> Content:
+    parts: list[dict[str, Any]] | None = _load(row["parts"])
+    return str(row["text"]) if parts is None else parts
+
+
+async def delete_thread(database: Database, user: str, thread_id: str) -> bool:
+    """Delete a thread and all that belongs to it; gives whether it was there."""
+    of_thread = "WHERE user_id = ? AND thread_id = ?"
+    async with database.transaction():
+        gone = await database.execute(
+            "DELETE FROM chat_threads WHERE user_id = ? AND id = ?", user, thread_id
+        )
+        await database.execute(
+            f"DELETE FROM chat_events WHERE run_id IN (SELECT id FROM chat_runs {of_thread})",
+            user,
+            thread_id,
+        )
+        for table in ("chat_runs", "chat_messages"):
+            await database.execute(f"DELETE FROM {table} {of_thread}", user, thread_id)
+    return gone > 0
