@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import clean_environment
-from quart import Quart, Request, Websocket
+from quart import Quart, Request, Websocket, websocket
 
 from quart_chat import QuartChat, sse_blueprint, threads_blueprint, websocket_blueprint
 
@@ -86,5 +86,44 @@ def keyed_app() -> Quart:
         if key == "crash":
             raise LookupError("the password of the database is hunter2")
         return KEYS.get(key)
+
+    return app
+
+
+def gated_app() -> Quart:
+    """A host that lets nobody in before ``/open`` was asked for, with a socket of its own."""
+    app = Quart(__name__)
+    app.config.from_prefixed_env()
+    chat = QuartChat(app)
+    app.register_blueprint(websocket_blueprint, url_prefix="/chat")
+    opened = asyncio.Event()
+    ended: list[BaseException | None] = []
+
+    @chat.authenticate
+    async def when_open(asking: Request | Websocket) -> str:
+        await opened.wait()
+        return "ada"
+
+    @app.before_websocket
+    async def not_the_banned() -> tuple[str, int] | None:
+        return ("banned", 403) if "X-Banned" in websocket.headers else None
+
+    @app.teardown_websocket
+    async def count(error: BaseException | None) -> None:
+        ended.append(error)
+
+    @app.get("/ended")
+    async def how_many() -> dict[str, int]:
+        return {"ended": len(ended)}
+
+    @app.post("/open")
+    async def open_gate() -> tuple[str, int]:
+        opened.set()
+        return "", 204
+
+    @app.websocket("/echo")
+    async def echo() -> None:
+        while True:
+            await websocket.send(await websocket.receive())
 
     return app

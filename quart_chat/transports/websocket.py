@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -34,6 +35,7 @@ from ..errors import (
     NothingToResume,
     NotRunning,
 )
+from .asgi import Disconnected, Serve, Wire, keeper
 from .codec import (
     CLOSE_FACTOR,
     Frame,
@@ -57,7 +59,15 @@ Reply = Callable[[dict[str, Any]], Awaitable[None]]
 @websocket_blueprint.websocket("")
 async def chat_socket() -> None:
     """The chat over a WebSocket."""
-    await ChatWebSocketRunner(current_server()).run(websocket)
+    server = current_server()
+    socket = websocket._get_current_object()  # type: ignore[attr-defined]
+    serve = await _admitted(server, socket)
+    if serve is None:
+        return
+    if (keep := keeper(socket)) is not None:
+        keep(serve)
+    else:
+        await serve(socket)
 
 
 class ChatWebSocketRunner:
@@ -73,34 +83,66 @@ class ChatWebSocketRunner:
             websocket: Quart's ``websocket``, or the object behind it.
         """
         socket: Websocket = getattr(websocket, "_get_current_object", lambda: websocket)()
-        await socket.accept()
-        guard = self._server.guard
-        try:
-            guard.check_origin(socket)
-            user = await guard.identify(socket, query_token=True)
-            place = guard.take_place(user.id)
-            try:
-                await _Connection(self._server, socket, user).serve()
-            finally:
-                place.release()
-        except ForbiddenOrigin as error:
-            await socket.close(1008, error.close_reason)
-        except NotAuthenticated as error:
-            await socket.close(1008, error.close_reason)
-        except TooManyConnections:
-            await socket.close(1013, "Too many connections")
-        except Exception as error:
-            as_chat_error(error)
-            await socket.close(1011, "Internal error")
+        serve = await _admitted(self._server, socket)
+        if serve is not None:
+            await serve(socket)
+
+
+async def _admitted(server: ChatServer, socket: Websocket) -> Serve | None:
+    """Accept a socket and find its user; who may not come in is told why."""
+    await socket.accept()
+    try:
+        server.guard.check_origin(socket)
+        user = await server.guard.identify(socket, query_token=True)
+    except (ForbiddenOrigin, NotAuthenticated) as error:
+        await socket.close(1008, error.close_reason)
+    except Exception as error:
+        as_chat_error(error)
+        await socket.close(1011, "Internal error")
+    else:
+        return functools.partial(_serve, server, user)
+    return None
+
+
+async def _serve(server: ChatServer, user: User, wire: Wire) -> None:
+    try:
+        place = server.guard.take_place(user.id)
+    except TooManyConnections:
+        await wire.close(1013, "Too many connections")
+        return
+    try:
+        await _Connection(server, wire, user).serve()
+    except Disconnected:
+        pass
+    except Exception as error:
+        as_chat_error(error)
+        await wire.close(1011, "Internal error")
+    finally:
+        place.release()
 
 
 class _Connection:
     """One socket: a loop that reads commands, and a task for every run that is followed."""
 
-    def __init__(self, server: ChatServer, socket: Websocket, user: User) -> None:
+    __slots__ = (
+        "_chat",
+        "_closing",
+        "_expiry",
+        "_followed",
+        "_followers",
+        "_last_of_thread",
+        "_server",
+        "_task",
+        "_tasks",
+        "_threads",
+        "_user",
+        "_wire",
+    )
+
+    def __init__(self, server: ChatServer, wire: Wire, user: User) -> None:
         self._server = server
         self._chat = server.conversation
-        self._socket = socket
+        self._wire = wire
         self._user = user
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._last_of_thread: dict[str, asyncio.Task[None]] = {}
@@ -117,14 +159,14 @@ class _Connection:
         self._watch_expiry()
         try:
             while self._closing is None:
-                await self._frame(await self._socket.receive())
+                await self._frame(await self._wire.receive())
         except asyncio.CancelledError:
             if self._closing is None or self._task is None or self._task.uncancel() > 0:
                 raise
         finally:
             self._leave()
         if self._closing is not None:
-            await self._socket.close(*self._closing)
+            await self._wire.close(*self._closing)
 
     def _leave(self) -> None:
         self._server.closers.discard(self._go_away)
@@ -154,7 +196,7 @@ class _Connection:
 
     async def _expired(self) -> None:
         error = NotAuthenticated.expired()
-        await self._socket.send(to_json(error_event(error)))
+        await self._wire.send(to_json(error_event(error)))
         self._close(1008, error.close_reason)
 
     async def _frame(self, frame: Frame | None) -> None:
@@ -163,7 +205,7 @@ class _Connection:
         reply_to: str | None = None
 
         async def reply(body: dict[str, Any]) -> None:
-            await self._socket.send(encode(body))
+            await self._wire.send(encode(body))
 
         bound = self._server.settings.max_message_bytes
         if size_of_frame(frame) > bound * CLOSE_FACTOR:
@@ -289,7 +331,7 @@ class _Connection:
     async def _deliver(
         self, following: Following, text: bool, before: asyncio.Task[None] | None
     ) -> None:
-        record, send = following.record, self._socket.send
+        record, send = following.record, self._wire.send
         make = json_events if text else msgpack_events
         encode: Callable[[Any], Frame] = make(record)
         try:
