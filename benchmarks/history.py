@@ -26,13 +26,15 @@ async def _fill(database: Path, thread_id: str, messages: int) -> None:
     settings = resolve({"CHAT_DATABASE_URL": f"sqlite://{database}"})
     async with AsyncExitStack() as stack:
         storage = (await adapters.stores(settings, stack)).storage
+        ids = [new_id() for _ in range(messages)]
         for start in range(0, messages, TOGETHER):
             some = [
                 Message(
-                    id=new_id(),
+                    id=ids[number],
                     thread_id=thread_id,
                     role="assistant" if number % 2 else "user",
                     content=TEXT * (1 + number % 5),
+                    parent_id=ids[number - 1] if number else None,
                 )
                 for number in range(start, min(start + TOGETHER, messages))
             ]

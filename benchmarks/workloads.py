@@ -17,6 +17,7 @@ from .servers import CHAT, FASTAPI, KINDS, MESSAGE, RELAY, Kind, Server, Way, ru
 AFTERWARDS = 0.4
 """Seconds in which a server may still write its log; that is counted too."""
 
+CPU = "CPU µs a token"
 TOKENS = 1000
 RATE = 50
 PACED = (("b200", 200, 5.0, 10), ("b1000", 1000, 10.0, 15))
@@ -120,7 +121,7 @@ def paced(bench: Bench) -> Iterator[Result]:
 def streamed(workload: str, server: Server, way: Way, seen: dict[str, Any], used: float) -> Result:
     """The numbers of a workload that streams tokens."""
     numbers = {
-        "CPU µs a token": used / max(1, seen["tokens"]) * 1e6,
+        CPU: used / max(1, seen["tokens"]) * 1e6,
         "cores": used / (seen["seconds"] + AFTERWARDS),
         "delivered %": seen["delivered"] * 100,
         "complete %": seen["complete"] / seen["turns"] * 100,
