@@ -112,7 +112,7 @@ def _settle_down() -> None:
     """Keep the interpreter's own work out of the way of tokens, once everything is loaded.
 
     What was loaded is never garbage, so collections need not look at it again and again. And the
-    database's thread hands the interpreter back within half a millisecond instead of five.
+    loop and the database's thread wait half a millisecond for each other's turn to end, not five.
     """
     gc.collect()
     gc.freeze()

@@ -30,6 +30,8 @@ PAGE_ROWS = 500
 SWEEP_RUNS = 100
 CLAIMED_RUNS = 100
 
+INTO_EVENTS = "INSERT INTO chat_events (run_id, last_seq, data)"
+
 CRASH_GAP = 1_000_000
 """Above every number that a dead process can have sent and not have written."""
 
@@ -112,10 +114,7 @@ class DatabaseEventLog:
                 True,
             )
             if rows:
-                await self._write_rows([(run.id, *row) for row in rows])
-
-    async def _write_rows(self, rows: Sequence[tuple[str, int, bytes]]) -> None:
-        await self._database.insert("INSERT INTO chat_events (run_id, last_seq, data)", rows)
+                await self._database.insert(INTO_EVENTS, [(run.id, *row) for row in rows])
 
     def append(self, run_id: str, events: Sequence[Event]) -> int:
         live = self._live[run_id]
@@ -208,7 +207,7 @@ class DatabaseEventLog:
                 for last, data in encode(live.tail.between(live.written, upto))
             ]
             if rows:
-                await self._write_rows(rows)
+                await self._database.insert(INTO_EVENTS, rows)
             ends = [
                 (moment, upto, live.record.id)
                 for live, upto, ended in batches
