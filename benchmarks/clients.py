@@ -24,7 +24,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 @dataclass(eq=False)
-class Turn:
+class RunInput:
     """A message and what came back; ``times`` are those of the reads that brought text."""
 
     sent: float
@@ -37,12 +37,12 @@ class Client(asyncio.Protocol):
     """One connection."""
 
     def __init__(self, path: str, binary: bool) -> None:
-        self.turns: list[Turn] = []
+        self.turns: list[RunInput] = []
         self.complaint: str | None = None
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._path = path
         self._binary = binary
-        self._turn: Turn | None = None
+        self._turn: RunInput | None = None
         self._done: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -58,7 +58,7 @@ class Client(asyncio.Protocol):
         if self.transport.is_closing():
             return
         self._done = asyncio.get_running_loop().create_future()
-        self._turn = Turn(time.perf_counter())
+        self._turn = RunInput(time.perf_counter())
         self.turns.append(self._turn)
         self._send(body)
         await self._done
@@ -67,7 +67,7 @@ class Client(asyncio.Protocol):
         """Break the connection off."""
         self.transport.abort()
 
-    def events(self, turn: Turn) -> list[dict[str, Any]]:
+    def events(self, turn: RunInput) -> list[dict[str, Any]]:
         """The frames of a turn, decoded."""
         raise NotImplementedError
 
@@ -142,7 +142,7 @@ class SocketClient(Client):
             self._finish()
         return self._content in payload[:24]
 
-    def events(self, turn: Turn) -> list[dict[str, Any]]:
+    def events(self, turn: RunInput) -> list[dict[str, Any]]:
         return list(map(msgpack.unpackb if self._binary else json.loads, turn.frames))
 
 
@@ -169,10 +169,10 @@ class StreamClient(Client):
         if data.endswith(LAST_CHUNK) or (len(data) < 5 and self._ends(turn)):
             self._finish()
 
-    def _ends(self, turn: Turn) -> bool:
+    def _ends(self, turn: RunInput) -> bool:
         return b"".join(turn.frames[-5:]).endswith(LAST_CHUNK)
 
-    def events(self, turn: Turn) -> list[dict[str, Any]]:
+    def events(self, turn: RunInput) -> list[dict[str, Any]]:
         head, _, rest = b"".join(turn.frames).partition(b"\r\n\r\n")
         if head and b" 200" not in head.split(b"\r\n")[0]:
             self.complaint = (head + rest)[:500].decode()

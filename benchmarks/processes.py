@@ -56,7 +56,7 @@ class Process:
             stderr=(cwd / "stderr.log").open("ab"),
             text=True,
         )
-        self._told = psutil.Process(self._process.pid)
+        self._message_fields = psutil.Process(self._process.pid)
         self.pid = self._process.pid
 
     def __enter__(self) -> Process:
@@ -98,12 +98,12 @@ class Process:
 
     def cpu(self) -> float:
         """Seconds of CPU, user and system, of all its threads."""
-        times = self._told.cpu_times()
+        times = self._message_fields.cpu_times()
         return float(times.user + times.system)
 
     def rss(self) -> int:
         """Bytes of memory that it holds."""
-        return int(self._told.memory_info().rss)
+        return int(self._message_fields.memory_info().rss)
 
     def settle(self, seconds: float = 30.0) -> None:
         """Wait until it has nothing to do, so that one measurement does not pay for another."""

@@ -13,8 +13,8 @@ from quart_schema.openapi import OpenAPIProvider
 from .extension import QuartChat
 from .transports.asyncapi import asyncapi, event_schemas
 from .transports.health import health_blueprint
-from .transports.server import EXTENSION, as_chat_error, error_response, secured
 from .transports.sse import sse_blueprint
+from .transports.state import EXTENSION, as_chat_error, error_response, secured
 from .transports.threads import threads_blueprint
 from .transports.websocket import websocket_blueprint
 

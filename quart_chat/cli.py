@@ -92,7 +92,7 @@ def chat_server(
         given["CHAT_STORAGE"] = "memory"
     if no_migrate:
         given["CHAT_MIGRATE"] = False
-    with sentences():
+    with readable_errors():
         _serve(host, port, _from_file(config), given, tools)
 
 
@@ -102,7 +102,7 @@ def _serve(
     from . import adapters, serving
     from .app import create_app
     from .config import check_address, resolve
-    from .transports.server import EXTENSION
+    from .transports.state import EXTENSION
 
     sys.path.insert(0, os.getcwd())  # modules named by --tools and CHAT_TOOLS
     values = file | given
@@ -127,7 +127,7 @@ def _serve(
 
 def _banner(app: Any, settings: Settings, host: str, port: int) -> None:
     from .config import loopback
-    from .transports.server import EXTENSION
+    from .transports.state import EXTENSION
 
     server = app.extensions[EXTENSION].server
     models = server.conversation.models
@@ -185,7 +185,7 @@ def _log_to_stderr() -> None:
 @main.command("fetch-model")
 def fetch_model() -> None:
     """Fetch the small local model (94 MB) ahead of time."""
-    with sentences():
+    with readable_errors():
         click.echo(_fetch())
 
 
@@ -224,7 +224,7 @@ def export(user: str, config: str | None) -> None:
     """Write everything that is kept of a user, as JSON Lines."""
 
     async def work(stores: Any) -> None:
-        async for record in stores.archive.export(user):
+        async for record in stores.user_data.export(user):
             click.echo(json.dumps(record, ensure_ascii=False))
 
     _with_stores(config, work)
@@ -240,7 +240,7 @@ def erase(user: str, yes: bool, config: str | None) -> None:
         click.confirm(f"Delete all conversations of user {user!r} for ever?", abort=True)
 
     async def work(stores: Any) -> None:
-        count = await stores.archive.erase(user)
+        count = await stores.user_data.erase(user)
         click.echo(f"{count} threads of user {user!r} were deleted.")
 
     _with_stores(config, work)
@@ -259,7 +259,7 @@ def _with_stores(
         async with AsyncExitStack() as stack:
             await work(await adapters.stores(settings, stack))
 
-    with sentences():
+    with readable_errors():
         settings = resolve(_environment() | _from_file(config) | (given or {}))
         if settings.storage == "memory":
             raise click.UsageError("CHAT_STORAGE is memory; there is no database.")
@@ -295,7 +295,7 @@ def _from_file(path: str | None) -> dict[str, Any]:
     return {key: value for key, value in values.items() if f"QUART_{key}" not in os.environ}
 
 
-class sentences:
+class readable_errors:
     """Shows what is wrong with the settings as a sentence, without a traceback; exit code 1."""
 
     def __enter__(self) -> None:

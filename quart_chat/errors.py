@@ -113,7 +113,7 @@ class ChatError(Exception):
         """Whether the same request may succeed later."""
         return self.code in RETRYABLE_CODES
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields of an error body and of an ``error`` event."""
         body: dict[str, Any] = {
             "code": self.code,

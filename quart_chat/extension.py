@@ -16,18 +16,18 @@ from quart import Quart, current_app
 from . import adapters
 from .config import Settings, resolve
 from .core.conversation import Conversation
-from .core.limits import Limits
 from .core.messages import now
-from .core.models import Models, Source
-from .core.ports import Archive, Authenticator, EventLog, Provider, Storage
+from .core.models import ConfiguredProvider, ModelRegistry
+from .core.policy import Policy
+from .core.ports import Authenticator, EventLog, Provider, Storage, UserData
 from .core.recovery import Recovery
 from .core.runs import Runs
-from .core.titles import Titles
-from .core.tools import Approval, Tool, Tools, tool
+from .core.titles import TitleMaker
+from .core.tools import ApprovalRule, Tool, ToolRegistry, tool
 from .errors import ConfigurationError
 from .transports.asgi import prepare
 from .transports.guard import Guard, HostAuthenticate
-from .transports.server import EXTENSION, ChatServer
+from .transports.state import EXTENSION, ChatState
 
 logger = logging.getLogger("quart_chat")
 
@@ -54,11 +54,11 @@ class QuartChat:
         *,
         storage: Storage | None = None,
         event_log: EventLog | None = None,
-        archive: Archive | None = None,
+        user_data: UserData | None = None,
         authenticator: Authenticator | None = None,
         providers: Mapping[str, Provider] | None = None,
     ) -> None:
-        self._stores = (storage, event_log, archive)
+        self._stores = (storage, event_log, user_data)
         self._authenticator = authenticator
         self._providers = dict(providers or {})
         self._host_authenticate: HostAuthenticate | None = None
@@ -75,7 +75,7 @@ class QuartChat:
         settings = resolve(app.config)
         if settings.environment == "production" and app.debug:
             raise ConfigurationError("DEBUG: it shows tracebacks; unset it in production.")
-        lifetime = ChatLifetime(self, settings)
+        lifetime = ChatLifespan(self, settings)
         app.extensions[EXTENSION] = lifetime
         app.config.setdefault("QUART_SCHEMA_CONVERT_CASING", False)
         app.config.setdefault("QUART_SCHEMA_CONVERSION_PREFERENCE", None)
@@ -84,9 +84,9 @@ class QuartChat:
         app.after_serving(lifetime.close)
 
     @property
-    def server(self) -> ChatServer:
+    def server(self) -> ChatState:
         """The chat of the application that handles this request."""
-        server: ChatServer = current_app.extensions[EXTENSION].server
+        server: ChatState = current_app.extensions[EXTENSION].server
         return server
 
     def authenticate(self, function: H) -> H:
@@ -99,23 +99,23 @@ class QuartChat:
 
     def export(self, user: str) -> AsyncGenerator[dict[str, Any], None]:
         """Everything that the current application keeps of a user, a plain map each."""
-        return self.server.archive.export(user)
+        return self.server.user_data.export(user)
 
     async def erase(self, user: str) -> int:
         """Stop what runs for a user, delete everything of theirs, and count the threads."""
         await self.server.conversation.runs.stop_all(user)
-        return await self.server.archive.erase(user)
+        return await self.server.user_data.erase(user)
 
     async def expire(self, before: datetime, limit: int = SWEPT_THREADS) -> int:
         """Delete threads without activity since then, at most ``limit``, and count them."""
-        return await self.server.archive.expire(before, limit)
+        return await self.server.user_data.expire(before, limit)
 
     def tool(
         self,
         function: Callable[..., Any] | None = None,
         *,
         name: str | None = None,
-        needs_approval: Approval = False,
+        needs_approval: ApprovalRule = False,
         users: Callable[[str], bool] | None = None,
     ) -> Any:
         """Register a function as a tool; see ``quart_chat.tool``."""
@@ -128,20 +128,20 @@ class QuartChat:
         return register if function is None else register(function)
 
 
-class ChatLifetime:
+class ChatLifespan:
     """The chat of one application, from its start to its end."""
 
     def __init__(self, chat: QuartChat, settings: Settings) -> None:
         self.settings = settings
-        self.tools = Tools(_modules_tools(settings.tools))
+        self.tools = ToolRegistry(_modules_tools(settings.tools))
         self._chat = chat
-        self._server: ChatServer | None = None
+        self._server: ChatState | None = None
         self._log: EventLog | None = None
         self._stack = AsyncExitStack()
         self._drained = False
 
     @property
-    def server(self) -> ChatServer:
+    def server(self) -> ChatState:
         """What the transports work with.
 
         Raises:
@@ -167,11 +167,11 @@ class ChatLifetime:
             await self._stack.aclose()
             raise
 
-    async def _open(self, stack: AsyncExitStack) -> ChatServer:
+    async def _open(self, stack: AsyncExitStack) -> ChatState:
         chat, settings = self._chat, self.settings
-        storage, log, archive = await self._open_stores(stack)
-        sources = [Source(name, provider) for name, provider in chat._providers.items()]
-        models = Models(
+        storage, log, user_data = await self._open_stores(stack)
+        sources = [ConfiguredProvider(name, provider) for name, provider in chat._providers.items()]
+        models = ModelRegistry(
             sources or adapters.sources(settings, stack),
             default_provider=settings.default_provider,
             default_model=settings.default_model,
@@ -180,39 +180,39 @@ class ChatLifetime:
         for each in chat._tools:
             self.tools.add(each)
         await adapters.connect_tools(settings, self.tools, stack)
-        limits = limits_of(settings)
-        runs = Runs(limits)
+        policy = policy_of(settings)
+        runs = Runs(policy)
         titles = None
         if settings.title_model is not None:
-            titles = Titles(storage, models, settings.title_model)
+            titles = TitleMaker(storage, models, settings.title_model)
             stack.push_async_callback(titles.close)
-        conversation = Conversation(storage, log, models, self.tools, runs, limits, titles)
-        if conversation.presence is not None:
-            stack.callback(conversation.presence.close)
+        conversation = Conversation(storage, log, models, self.tools, runs, policy, titles)
+        if conversation.expiry is not None:
+            stack.callback(conversation.expiry.close)
         guard = Guard(settings)
         guard.host_authenticate = chat._host_authenticate
         guard.authenticator = chat._authenticator
         if guard.is_local:
             guard.authenticator = await adapters.authenticator(settings, stack)
-        recovery = Recovery(conversation, runs, log, storage, limits)
+        recovery = Recovery(conversation, runs, log, storage, policy)
         rescued = await recovery.run()
         if rescued:
             logger.info("%d answers of a process that ended were taken care of", rescued)
         sweeper = asyncio.create_task(
-            _sweep(settings, log, archive, recovery), name="quart_chat sweeper"
+            _sweep(settings, log, user_data, recovery), name="quart_chat sweeper"
         )
         stack.push_async_callback(_cancelled, sweeper)
         self._log = log
-        return ChatServer(settings, conversation, guard, archive)
+        return ChatState(settings, conversation, guard, user_data)
 
-    async def _open_stores(self, stack: AsyncExitStack) -> tuple[Storage, EventLog, Archive]:
-        storage, log, archive = self._chat._stores
-        if storage is not None and log is not None and archive is not None:
-            return storage, log, archive
-        if (storage, log, archive) != (None, None, None):
+    async def _open_stores(self, stack: AsyncExitStack) -> tuple[Storage, EventLog, UserData]:
+        storage, log, user_data = self._chat._stores
+        if storage is not None and log is not None and user_data is not None:
+            return storage, log, user_data
+        if (storage, log, user_data) != (None, None, None):
             raise ConfigurationError("Give storage, event_log and archive together, or none.")
         stores = await adapters.stores(self.settings, stack)
-        return stores.storage, stores.log, stores.archive
+        return stores.storage, stores.log, stores.user_data
 
     async def drain(self, seconds: float) -> None:
         """Take no more messages, let answers end for so long, keep the rest, close connections."""
@@ -233,11 +233,11 @@ class ChatLifetime:
         await self._stack.aclose()
 
 
-def limits_of(settings: Settings) -> Limits:
+def policy_of(settings: Settings) -> Policy:
     """The part of the settings that the core keeps to."""
-    names = [name for name in Limits.__slots__ if name in type(settings).model_fields]
+    names = [name for name in Policy.__slots__ if name in type(settings).model_fields]
     values = {name: getattr(settings, name) for name in names}
-    return Limits(**values, forget_after_window=settings.storage == "memory")
+    return Policy(**values, forget_after_window=settings.storage == "memory")
 
 
 def _modules_tools(modules: Iterable[str]) -> list[Tool]:
@@ -256,14 +256,16 @@ def _modules_tools(modules: Iterable[str]) -> list[Tool]:
     return found
 
 
-async def _sweep(settings: Settings, log: EventLog, archive: Archive, recovery: Recovery) -> None:
+async def _sweep(
+    settings: Settings, log: EventLog, user_data: UserData, recovery: Recovery
+) -> None:
     """Let what is old go, a bounded number at a time, and look after runs of dead machines."""
     while True:
         await asyncio.sleep(min(SWEEP_SECONDS, max(1.0, settings.event_retention)))
         for work in (
             log.expire,
             recovery.run,
-            functools.partial(_expire_threads, settings, archive),
+            functools.partial(_expire_threads, settings, user_data),
         ):
             try:
                 await work()
@@ -271,10 +273,10 @@ async def _sweep(settings: Settings, log: EventLog, archive: Archive, recovery: 
                 logger.warning("sweeping failed: %s", type(error).__name__)
 
 
-async def _expire_threads(settings: Settings, archive: Archive) -> int:
+async def _expire_threads(settings: Settings, user_data: UserData) -> int:
     if settings.retention_days is None:
         return 0
-    return await archive.expire(now() - timedelta(days=settings.retention_days), SWEPT_THREADS)
+    return await user_data.expire(now() - timedelta(days=settings.retention_days), SWEPT_THREADS)
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -26,9 +26,9 @@ from wsproto.events import Ping
 
 from .config import Settings
 from .errors import ConfigurationError
-from .extension import ChatLifetime
+from .extension import ChatLifespan
 from .transports.codec import CLOSE_FACTOR
-from .transports.server import EXTENSION
+from .transports.state import EXTENSION
 
 logger = logging.getLogger("quart_chat.serving")
 
@@ -195,8 +195,8 @@ class _Serving:
         self._app = app
         self._listener = listener
         self._ready = ready
-        self._chat: ChatLifetime = app.extensions[EXTENSION]
-        self._told = asyncio.Event()
+        self._chat: ChatLifespan = app.extensions[EXTENSION]
+        self._message_fields = asyncio.Event()
         self._told_again = asyncio.Event()
         self._drained = asyncio.Event()
 
@@ -229,15 +229,15 @@ class _Serving:
                 signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._signalled))
 
     def _signalled(self) -> None:
-        if self._told.is_set():
+        if self._message_fields.is_set():
             self._told_again.set()
-        self._told.set()
+        self._message_fields.set()
         self._chat.begin_drain()
 
     async def _until_drained(self) -> None:
         _settle_down()
         self._ready()
-        await self._told.wait()
+        await self._message_fields.wait()
         drain = asyncio.create_task(self._chat.drain(self._chat.settings.drain_timeout))
         again = asyncio.create_task(self._told_again.wait())
         await asyncio.wait({drain, again}, return_when=asyncio.FIRST_COMPLETED)

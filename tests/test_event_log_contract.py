@@ -21,7 +21,7 @@ from quart_chat.adapters import Stores, stores
 from quart_chat.adapters.database.event_log import decode, encode
 from quart_chat.config import resolve
 from quart_chat.core.events import (
-    Content,
+    ContentDelta,
     End,
     Event,
     Failed,
@@ -44,14 +44,14 @@ EVENTS: tuple[Event, ...] = (
     START,
     Reasoning("think "),
     Reasoning("hard ü😀"),
-    Content("one "),
-    Content("two 😀"),
-    Content(""),
+    ContentDelta("one "),
+    ContentDelta("two 😀"),
+    ContentDelta(""),
     ToolCalled("c1", "add", {"a": 1, "b": [None, 1.5, "ü"]}, "approval"),
     ToolProgress("c1", "add", "half"),
     ToolReturned("c1", "add", "3", True),
     MessageStored({"id": "x", "content": "one two", "metadata": {"1": {"2": None}}}),
-    Content("three"),
+    ContentDelta("three"),
     Failed("run_timeout", "late", True, 1.5, "ref"),
     Stopped("Generation stopped by user"),
     END,
@@ -115,7 +115,7 @@ def split(numbered: Iterable[Numbered]) -> tuple[str, str, list[Numbered]]:
     content = reasoning = ""
     rest: list[Numbered] = []
     for seq, event in numbered:
-        if isinstance(event, Content):
+        if isinstance(event, ContentDelta):
             content += event.content
         elif isinstance(event, Reasoning):
             reasoning += event.content
@@ -136,18 +136,18 @@ def numbered(events: Sequence[Event] = EVENTS) -> list[Numbered]:
 async def test_events_are_numbered_from_one_without_gaps(log: EventLog) -> None:
     run = await opened(log)
     assert log.append(run.id, [START]) == 1
-    assert log.append(run.id, [Content("a"), Content("b")]) == 3
+    assert log.append(run.id, [ContentDelta("a"), ContentDelta("b")]) == 3
     found = await read(log, run.id, wait=False)
-    assert found == [(1, START), (3, Content("ab"))]
+    assert found == [(1, START), (3, ContentDelta("ab"))]
     assert log.append(run.id, [END]) == 4
-    assert await read(log, run.id) == [(1, START), (3, Content("ab")), (4, END)]
+    assert await read(log, run.id) == [(1, START), (3, ContentDelta("ab")), (4, END)]
 
 
 async def test_runs_do_not_mix(log: EventLog) -> None:
     runs = [await opened(log) for _ in range(5)]
     for n in range(50):
         for index, run in enumerate(runs):
-            assert log.append(run.id, [Content(f"{index}.{n} ")]) == n + 1
+            assert log.append(run.id, [ContentDelta(f"{index}.{n} ")]) == n + 1
     for run in runs:
         log.append(run.id, [END])
     for index, run in enumerate(runs):
@@ -191,8 +191,8 @@ async def test_a_follower_in_another_process_sees_events_as_they_come(durable: H
         async with aclosing(pages), asyncio.timeout(SECONDS):
             first.log.append(run.id, [START])
             assert await anext(pages) == [(1, START)]
-            first.log.append(run.id, [Content("a")])
-            assert await anext(pages) == [(2, Content("a"))]
+            first.log.append(run.id, [ContentDelta("a")])
+            assert await anext(pages) == [(2, ContentDelta("a"))]
             first.log.append(run.id, [END])
             assert await anext(pages) == [(3, END)]
             with pytest.raises(StopAsyncIteration):
@@ -204,10 +204,10 @@ async def test_followers_that_wait_are_woken_and_end(log: EventLog) -> None:
     log.append(run.id, [START])
     positions = [0, 0, 1, 2, 3]
     followers = [asyncio.create_task(read(log, run.id, after)) for after in positions]
-    for event in (Content("a"), Content("b"), END):
+    for event in (ContentDelta("a"), ContentDelta("b"), END):
         await asyncio.sleep(0)
         log.append(run.id, [event])
-    whole = [(1, START), (2, Content("a")), (3, Content("b")), (4, END)]
+    whole = [(1, START), (2, ContentDelta("a")), (3, ContentDelta("b")), (4, END)]
     for after, follower in zip(positions, followers, strict=True):
         found = await follower
         assert split(found) == split(whole[after:])
@@ -222,8 +222,8 @@ async def test_a_cancelled_follower_disturbs_nobody(log: EventLog) -> None:
     await asyncio.sleep(0)
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
-    log.append(run.id, [Content("a"), END])
-    assert await staying == [(2, Content("a")), (3, END)]
+    log.append(run.id, [ContentDelta("a"), END])
+    assert await staying == [(2, ContentDelta("a")), (3, END)]
 
 
 async def test_a_slow_follower_holds_up_neither_the_run_nor_others(log: EventLog) -> None:
@@ -236,14 +236,14 @@ async def test_a_slow_follower_holds_up_neither_the_run_nor_others(log: EventLog
         quick = asyncio.create_task(read(log, run.id))
         pieces = [f"{n}:" + "x" * 500 for n in range(5000)]
         for first in range(0, len(pieces), 50):
-            log.append(run.id, [Content(piece) for piece in pieces[first : first + 50]])
+            log.append(run.id, [ContentDelta(piece) for piece in pieces[first : first + 50]])
             if first % 500 == 0:
                 await log.flush(run.id)
         log.append(run.id, [END])
         assert split(await quick) == ("".join(pieces), "", [(1, START), (5002, END)])
         async for page in slow:
             found += page
-            assert sum(len(e.content) for _, e in page if isinstance(e, Content)) < 1_000_000
+            assert sum(len(e.content) for _, e in page if isinstance(e, ContentDelta)) < 1_000_000
     assert split(found) == ("".join(pieces), "", [(1, START), (5002, END)])
     check_order(found, 0)
 
@@ -252,7 +252,7 @@ async def test_resume_in_the_middle_of_a_long_answer_is_exact(log: EventLog) -> 
     run = await opened(log)
     pieces = [f"{n}," for n in range(3000)]
     for piece in pieces:
-        log.append(run.id, [Content(piece)])
+        log.append(run.id, [ContentDelta(piece)])
         if piece == "1500,":
             await log.flush(run.id)
     log.append(run.id, [END])
@@ -273,8 +273,8 @@ values = st.recursive(
 maps = st.dictionaries(texts, values, max_size=3)
 events = st.lists(
     st.one_of(
-        st.builds(Content, texts),
-        st.builds(Content, texts),
+        st.builds(ContentDelta, texts),
+        st.builds(ContentDelta, texts),
         st.builds(Reasoning, texts),
         st.builds(ToolCalled, texts, texts, maps, st.sampled_from([None, "approval", "client"])),
         st.builds(ToolProgress, texts, texts, texts),
@@ -312,7 +312,7 @@ def test_any_events_are_read_as_they_were_written(
 
 
 def test_long_texts_are_cut_into_rows() -> None:
-    given = [(n, Content("ü" * 1000)) for n in range(1, 1001)]
+    given = [(n, ContentDelta("ü" * 1000)) for n in range(1, 1001)]
     rows = encode(given)
     assert 3 <= len(rows) <= 5
     assert rows[-1][0] == 1000
@@ -348,7 +348,7 @@ async def test_a_run_is_found_by_its_user_alone(log: EventLog) -> None:
     first = await opened(log, mine, "t")
     second = await opened(log, mine, "t")
     theirs = await opened(log, other, "t")
-    log.append(second.id, [START, Content("a")])
+    log.append(second.id, [START, ContentDelta("a")])
     assert await log.find(mine, run_id=second.id) == replace(second, last_seq=2)
     newest = await log.find(mine, thread_id="t")
     assert newest is not None
@@ -460,8 +460,8 @@ async def test_nothing_is_abandoned_while_its_process_lives(house: House) -> Non
         run = await opened(first.log)
         first.log.append(run.id, [START])
         await first.log.flush(run.id)
-        assert await first.log.abandoned() == []
-        assert run.id not in {each.id for each in await second.log.abandoned()}
+        assert await first.log.claim_abandoned() == []
+        assert run.id not in {each.id for each in await second.log.claim_abandoned()}
         first.log.append(run.id, [END])
         await first.log.flush(run.id)
 
@@ -469,10 +469,10 @@ async def test_nothing_is_abandoned_while_its_process_lives(house: House) -> Non
 async def test_runs_left_open_are_claimed_once_and_continued(durable: House) -> None:
     async with durable.open() as first:
         left, ended = await opened(first.log), await opened(first.log)
-        first.log.append(left.id, [START, Content("a"), Content("b")])
+        first.log.append(left.id, [START, ContentDelta("a"), ContentDelta("b")])
         first.log.append(ended.id, [START, END])
     async with durable.open() as second, durable.open() as third:
-        claims = await asyncio.gather(second.log.abandoned(), third.log.abandoned())
+        claims = await asyncio.gather(second.log.claim_abandoned(), third.log.claim_abandoned())
         owners = [
             kept
             for kept, claimed in zip((second, third), claims, strict=True)
@@ -481,14 +481,14 @@ async def test_runs_left_open_are_claimed_once_and_continued(durable: House) -> 
         assert len(owners) == 1
         assert ended.id not in {each.id for claimed in claims for each in claimed}
         log = owners[0].log
-        seq = log.append(left.id, [Content("c"), END])
+        seq = log.append(left.id, [ContentDelta("c"), END])
         await log.flush(left.id)
         assert seq == 5, "it was left on purpose: no gap"
         for kept in (second, third):
             for after in range(6):
                 found = await read(kept.log, left.id, after)
                 assert split(found)[0] == "abc"[max(after - 1, 0) : 3]
-        assert await second.log.abandoned() == []
+        assert await second.log.claim_abandoned() == []
 
 
 async def test_a_crashed_process_leaves_a_gap_before_the_closing_events(durable: House) -> None:
@@ -517,7 +517,7 @@ async def test_a_crashed_process_leaves_a_gap_before_the_closing_events(durable:
     )
     assert await asyncio.wait_for(process.wait(), SECONDS) == -9
     async with durable.open() as kept:
-        assert run_id in {each.id for each in await kept.log.abandoned()}
+        assert run_id in {each.id for each in await kept.log.claim_abandoned()}
         assert split(await read(kept.log, run_id, wait=False))[0] == "ab"
         seq = kept.log.append(run_id, [Failed("interrupted", "gone", True), END])
         await kept.log.flush(run_id)

@@ -15,7 +15,7 @@ from quart_chat.core import ports
 
 PACKAGE = Path(quart_chat.__file__).parent
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "migrations" not in p.parts)
-CORE_VALUES = {"messages", "commands", "events", "limits", "tools", "models", "tail"}
+CORE_VALUES = {"messages", "commands", "events", "policy", "tools", "models", "tail"}
 DOORS = {"extension", "app", "cli", "serving", "__init__", "__main__"}
 
 
@@ -90,7 +90,7 @@ def test_context_globals_stay_at_the_rim() -> None:
 
 
 def test_a_port_has_at_most_eight_methods() -> None:
-    for name in ("Storage", "Archive", "EventLog", "Provider", "Authenticator"):
+    for name in ("Storage", "UserData", "EventLog", "Provider", "Authenticator"):
         methods = inspect.getmembers(getattr(ports, name), inspect.isfunction)
         assert len([each for each, _ in methods if not each.startswith("_")]) <= 8, name
 

@@ -18,12 +18,12 @@ from conftest import Serve, answer, client, post
 from endpoint import Endpoint
 
 from quart_chat.adapters import stores
-from quart_chat.adapters.database.archive import DatabaseArchive
 from quart_chat.adapters.database.connection import Database
 from quart_chat.adapters.database.event_log import DatabaseEventLog
 from quart_chat.adapters.database.storage import DatabaseStorage
+from quart_chat.adapters.database.user_data import DatabaseUserData
 from quart_chat.config import resolve
-from quart_chat.core.events import Content, End
+from quart_chat.core.events import ContentDelta, End
 from quart_chat.core.messages import Message, now
 from quart_chat.core.ports import RunRecord, Window
 
@@ -193,13 +193,13 @@ async def test_the_other_calls_use_indexes(database: Observed) -> None:
 
 async def test_sweeping_uses_indexes(database: Observed) -> None:
     """It is done all the time, by every process."""
-    archive = DatabaseArchive(database)
+    archive = DatabaseUserData(database)
     await uses_indexes_alone(
         database, lambda: archive.expire(now() - timedelta(days=365 * 200), 100)
     )
     log = DatabaseEventLog(database, 600)
     await uses_indexes_alone(database, log.expire)
-    await uses_indexes_alone(database, log.abandoned)
+    await uses_indexes_alone(database, log.claim_abandoned)
 
 
 async def test_a_run_is_logged_by_indexes(database: Observed) -> None:
@@ -208,7 +208,7 @@ async def test_a_run_is_logged_by_indexes(database: Observed) -> None:
 
     async def live() -> None:
         await log.open(record)
-        log.append("logged", [Content("a")])
+        log.append("logged", [ContentDelta("a")])
         await log.flush("logged")
         log.append("logged", [End("completed", "stop", {})])
         await log.flush("logged")

@@ -131,7 +131,7 @@ async def test_every_field_of_a_message_survives(kept: Stores, user: str) -> Non
     stored = await kept.storage.add_messages(user, [question, reply, result], create=True)
     assert [message.position for message in stored] == [1, 2, 3]
     found = await kept.storage.messages(user, "t", PATH)
-    assert [message.as_json() for message in found] == [message.as_json() for message in stored]
+    assert [message.to_dict() for message in found] == [message.to_dict() for message in stored]
     assert list(found) == list(stored)
     assert found[0].options == question.options
     assert found[1].tool_calls == reply.tool_calls
@@ -631,9 +631,9 @@ async def test_export_has_everything_of_one_user(kept: Stores, user: str) -> Non
     assert threads["t"]["message_count"] == 3
     assert threads["empty"] == {
         "type": "thread",
-        **(await kept.storage.thread(user, "empty")).as_json(None),
+        **(await kept.storage.thread(user, "empty")).to_dict(None),
     }
-    stored = {m.id: m.as_json() for m in await kept.storage.messages(user, "t", ALL)}
+    stored = {m.id: m.to_dict() for m in await kept.storage.messages(user, "t", ALL)}
     assert messages == {key: {"type": "message", **value} for key, value in stored.items()}
 
 

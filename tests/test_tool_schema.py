@@ -12,7 +12,7 @@ import tools_for_tests
 from pydantic import Field
 
 from quart_chat import Tool, ToolContext, ToolError, tool
-from quart_chat.core.tools import Tools
+from quart_chat.core.tools import ToolRegistry
 from quart_chat.errors import UnknownTool
 
 CONTEXT = ToolContext("ada", "thread", "run", "call", lambda text: None)
@@ -245,7 +245,7 @@ def test_tools_are_chosen_by_name_and_user() -> None:
     def secret() -> None:
         """Be there for Ada."""
 
-    tools = Tools([tools_for_tests.add, secret])
+    tools = ToolRegistry([tools_for_tests.add, secret])
     assert tools.names() == ["add", "secret"]
     assert tools.choose("ada", ["secret", "add", "secret"]) == [secret, tools_for_tests.add]
     assert tools.choose("grace", ["add"]) == [tools_for_tests.add]
@@ -256,7 +256,7 @@ def test_tools_are_chosen_by_name_and_user() -> None:
 
 def test_two_tools_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="two tools named 'add'"):
-        Tools([tools_for_tests.add, tool(name="add")(lambda: None)])
+        ToolRegistry([tools_for_tests.add, tool(name="add")(lambda: None)])
 
 
 def test_approval_may_depend_on_the_arguments() -> None:

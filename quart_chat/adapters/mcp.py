@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from ..config import MCPServer
-from ..core.tools import Tool, ToolContext, ToolError, Tools
+from ..core.tools import Tool, ToolContext, ToolError, ToolRegistry
 from ..errors import ConfigurationError
 
 logger = logging.getLogger("quart_chat.mcp")
@@ -25,7 +25,7 @@ CONNECTION_CLOSED = -32000
 class MCPTools:
     """Stays connected to one server and registers its tools as ``<server>_<tool>``."""
 
-    def __init__(self, name: str, server: MCPServer, tools: Tools) -> None:
+    def __init__(self, name: str, server: MCPServer, tools: ToolRegistry) -> None:
         self._name = name
         self._server = server
         self._tools = tools

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from ..errors import InvalidMessage, UnsupportedField
-from .messages import Content, ToolCall, without_empty
+from .messages import MessageContent, ToolCall, without_empty
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -133,10 +133,10 @@ def _text_or_parts(value: Any) -> str:
     return "parts" if isinstance(value, list) else "text"
 
 
-MessageContent = Annotated[Text | Parts, Discriminator(_text_or_parts)]
+ContentField = Annotated[Text | Parts, Discriminator(_text_or_parts)]
 
 
-def plain_content(content: str | list[Any]) -> Content:
+def plain_content(content: str | list[Any]) -> MessageContent:
     """Validated content as the plain values that are stored and sent on."""
     if isinstance(content, str):
         return content
@@ -164,7 +164,7 @@ class PastMessage(_Value):
     """An earlier turn, as a client without stored threads sends it along."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: MessageContent | Literal[""] | None = ""
+    content: ContentField | Literal[""] | None = ""
     tool_calls: list[PastToolCall] | None = None
     tool_call_id: Name | None = None
     name: Name | None = None
@@ -210,7 +210,7 @@ class SendMessage(Command):
     type: Literal["message"] = "message"
     thread_id: Id | None = None
     role: Literal["user"] = "user"
-    content: MessageContent
+    content: ContentField
     model: Name | None = None
     provider: Name | None = None
     tools: Annotated[list[Name], Field(max_length=128)] | None = None
@@ -240,7 +240,7 @@ class SendMessage(Command):
         return value
 
     @property
-    def plain(self) -> Content:
+    def plain(self) -> MessageContent:
         """The content as plain values."""
         return plain_content(self.content)
 

@@ -16,19 +16,18 @@ from ..errors import (
     ThreadBusy,
     UnsupportedField,
 )
-from .calls import Reply, Toolbox
 from .commands import PastMessage, Regenerate, SendMessage, plain_content
-from .events import Content as ContentEvent
-from .events import End, MessageStored, Numbered, Start
-from .limits import Limits
+from .events import ContentDelta, End, MessageStored, Numbered, Start
 from .messages import Message, derived_id, history_for_provider, new_id
-from .models import Models
+from .models import ModelRegistry
+from .policy import Policy
 from .ports import EventLog, RunRecord, Storage, Window
-from .presence import Presence
-from .run import Run, Turn
-from .runs import Following, Runs, Waiting
-from .titles import Titles
-from .tools import Tools
+from .run import Run, RunInput
+from .runs import QueuedMessage, Runs, Subscription
+from .thread_expiry import ThreadExpiry
+from .titles import TitleMaker
+from .tool_executor import CallReply, Toolbox
+from .tools import ToolRegistry
 
 BY_NEW_MESSAGE = "Generation stopped by a new message"
 BY_DELETION = "Generation stopped: the thread was deleted"
@@ -42,9 +41,9 @@ class Queued:
 
     thread_id: str
     position: int
-    waiting: Waiting
+    waiting: QueuedMessage
 
-    async def started(self) -> Following | None:
+    async def started(self) -> Subscription | None:
         """The run, once it has begun, or None where the queue was dropped."""
         return await asyncio.shield(self.waiting.started)
 
@@ -56,21 +55,21 @@ class Conversation:
         self,
         storage: Storage,
         log: EventLog,
-        models: Models,
-        tools: Tools,
+        models: ModelRegistry,
+        tools: ToolRegistry,
         runs: Runs,
-        limits: Limits,
-        titles: Titles | None = None,
+        policy: Policy,
+        titles: TitleMaker | None = None,
     ) -> None:
         self.storage = storage
         self.models = models
         self.runs = runs
         self._log = log
         self._tools = tools
-        self._limits = limits
+        self._policy = policy
         self._titles = titles
-        forgetful = limits.forget_after_window
-        self.presence = Presence(limits.resume_window, self._forget) if forgetful else None
+        forgetful = policy.forget_after_window
+        self.expiry = ThreadExpiry(policy.resume_window, self._forget) if forgetful else None
 
     def active_run_id(self, user: str, thread_id: str) -> str | None:
         """The id of the thread's running run."""
@@ -79,7 +78,7 @@ class Conversation:
 
     async def send(
         self, user: str, command: SendMessage, *, history_allowed: bool = False
-    ) -> Following | Queued:
+    ) -> Subscription | Queued:
         """Store a message and have it answered, or attach to the answer that it started.
 
         Raises:
@@ -89,20 +88,20 @@ class Conversation:
             raise UnsupportedField("history: send it over SSE to a server without a database.")
         self._choose(user, command)
         thread_id = command.thread_id or self._new_thread_id(user, command)
-        async with self.runs.turn(user, thread_id):
+        async with self.runs.lock(user, thread_id):
             if command.id is not None:
                 known = await self._known(user, thread_id, command)
                 if known is not None:
                     return known
 
-            async def begin() -> Following:
+            async def begin() -> Subscription:
                 return await self._begin(user, thread_id, command)
 
             return await self._in_turn(
                 user, thread_id, command.id or "", command.fingerprint(), begin
             )
 
-    async def regenerate(self, user: str, command: Regenerate) -> Following | Queued:
+    async def regenerate(self, user: str, command: Regenerate) -> Subscription | Queued:
         """Answer a message again.
 
         Raises:
@@ -110,17 +109,17 @@ class Conversation:
         """
         thread_id = command.thread_id
 
-        async def begin() -> Following:
+        async def begin() -> Subscription:
             question = await self._question(user, thread_id, command.message_id)
             return await self._answer(user, replace(question, run_id=new_id()), None)
 
-        async with self.runs.turn(user, thread_id):
+        async with self.runs.lock(user, thread_id):
             await self._question(user, thread_id, command.message_id)
             return await self._in_turn(user, thread_id, "", "", begin)
 
     async def resume(
         self, user: str, *, run_id: str | None, thread_id: str | None, after: int
-    ) -> Following:
+    ) -> Subscription:
         """Find the run to follow.
 
         Raises:
@@ -141,10 +140,10 @@ class Conversation:
             raise NothingToResume("Nothing follows that event.")
         if record.ended and not await self._kept(record.id, after):
             raise NothingToResume("The events of this run are not kept any more.")
-        return Following(record, after)
+        return Subscription(record, after)
 
     @contextmanager
-    def watching(self, following: Following) -> Iterator[None]:
+    def watching(self, following: Subscription) -> Iterator[None]:
         """Count a follower for as long as its client is there."""
         record = following.record
         run = self.runs.get(record.user, record.id)
@@ -155,10 +154,10 @@ class Conversation:
         finally:
             if run is not None:
                 run.followers -= 1
-                if not run.followers and self._limits.on_disconnect == "stop":
+                if not run.followers and self._policy.on_disconnect == "stop":
                     run.stop(BY_DISCONNECT)
 
-    def follow(self, following: Following) -> AsyncGenerator[Sequence[Numbered], None]:
+    def follow(self, following: Subscription) -> AsyncGenerator[Sequence[Numbered], None]:
         """The run's events, a page at a time, until its end."""
         if following.stored is not None:
             return _one_page(following.stored)
@@ -194,7 +193,7 @@ class Conversation:
             await self.storage.thread(user, thread_id or "")
         return run
 
-    def answer_call(self, user: str, run_id: str, call_id: str, reply: Reply) -> None:
+    def answer_call(self, user: str, run_id: str, call_id: str, reply: CallReply) -> None:
         """Hand in an approval or a client's tool result.
 
         Raises:
@@ -207,7 +206,7 @@ class Conversation:
 
     async def delete_thread(self, user: str, thread_id: str) -> None:
         """Stop what runs in a thread and delete all of it. Raises NotFound."""
-        async with self.runs.turn(user, thread_id):
+        async with self.runs.lock(user, thread_id):
             self.runs.drop_queue(user, thread_id)
             if (run := self.runs.active(user, thread_id)) is not None:
                 await self.runs.stop(run, BY_DELETION)
@@ -230,7 +229,7 @@ class Conversation:
 
     def _choose(self, user: str, command: SendMessage) -> Toolbox:
         self.models.choose(command.provider, command.model)
-        bound = self._limits.max_tokens
+        bound = self._policy.max_tokens
         if bound is not None and (command.max_tokens or 0) > bound:
             raise InvalidMessage(f"max_tokens: at most {bound} are allowed here.")
         tools = self._tools.choose(user, command.tools or ())
@@ -246,17 +245,17 @@ class Conversation:
         thread_id: str,
         message_id: str,
         fingerprint: str,
-        begin: Callable[[], Awaitable[Following]],
-    ) -> Following | Queued:
+        begin: Callable[[], Awaitable[Subscription]],
+    ) -> Subscription | Queued:
         self.runs.admit_message()
         running = self.runs.active(user, thread_id)
         if running is None and not self.runs.has_queue(user, thread_id):
             self.runs.admit(user)
             return await begin()
-        if self._limits.on_busy == "reject":
+        if self._policy.on_busy == "reject":
             raise ThreadBusy
-        if self._limits.on_busy == "queue":
-            waiting = Waiting(message_id, fingerprint, begin)
+        if self._policy.on_busy == "queue":
+            waiting = QueuedMessage(message_id, fingerprint, begin)
             position = self.runs.enqueue(user, thread_id, waiting)
             return Queued(thread_id, position, waiting)
         if running is not None:
@@ -266,7 +265,7 @@ class Conversation:
 
     async def _known(
         self, user: str, thread_id: str, command: SendMessage
-    ) -> Following | Queued | None:
+    ) -> Subscription | Queued | None:
         assert command.id is not None
         if (queued := self.runs.queued(user, thread_id, command.id)) is not None:
             waiting, position = queued
@@ -280,7 +279,7 @@ class Conversation:
             return None
         return await self._attached(user, stored, command)
 
-    async def _attached(self, user: str, stored: Message, command: SendMessage) -> Following:
+    async def _attached(self, user: str, stored: Message, command: SendMessage) -> Subscription:
         fingerprint = stored.options.get("fingerprint")
         if stored.role != "user" or fingerprint != command.fingerprint():
             raise IdConflict("This message id was used with other content. Use a new id.")
@@ -289,7 +288,7 @@ class Conversation:
             self.runs.admit(user)
             return await self._answer(user, stored, command.history)
         if not record.ended or await self._kept(record.id, 0):
-            return Following(record)
+            return Subscription(record)
         return await self._stored_answer(user, stored, record)
 
     async def _kept(self, run_id: str, after: int) -> bool:
@@ -301,7 +300,7 @@ class Conversation:
             pass
         return False
 
-    async def _stored_answer(self, user: str, question: Message, record: RunRecord) -> Following:
+    async def _stored_answer(self, user: str, question: Message, record: RunRecord) -> Subscription:
         """The answer as four events, where its own events are not kept any more."""
         window = Window(limit=1, order="desc", leaf=record.message_id)
         answer = (await self.storage.messages(user, record.thread_id, window))[0]
@@ -312,13 +311,13 @@ class Conversation:
         usage = answer.usage or {}
         events = (
             start,
-            ContentEvent(text),
+            ContentDelta(text),
             MessageStored.of(answer),
             End(answer.status, "stop" if answer.status == "completed" else None, usage),
         )
-        return Following(record, stored=tuple(enumerate(events, 1)))
+        return Subscription(record, stored=tuple(enumerate(events, 1)))
 
-    async def _begin(self, user: str, thread_id: str, command: SendMessage) -> Following:
+    async def _begin(self, user: str, thread_id: str, command: SendMessage) -> Subscription:
         source, model = self.models.choose(command.provider, command.model)
         message = Message(
             id=command.id or new_id(),
@@ -342,7 +341,7 @@ class Conversation:
 
     async def _answer(
         self, user: str, question: Message, history: Sequence[PastMessage] | None
-    ) -> Following:
+    ) -> Subscription:
         assert question.run_id is not None
         record = RunRecord(
             id=question.run_id,
@@ -351,25 +350,25 @@ class Conversation:
             user_message_id=question.id,
             message_id=new_id(),
         )
-        turn = await self.turn(record, question, history)
-        await self._log.open(record, [turn.first_event()])
-        run = Run(turn, self._log, self.storage, self._limits)
+        run_input = await self.prepare(record, question, history)
+        await self._log.open(record, [run_input.first_event()])
+        run = Run(run_input, self._log, self.storage, self._policy)
         self.runs.add(run)
         run.start()
-        return Following(record)
+        return Subscription(record)
 
-    async def turn(
+    async def prepare(
         self,
         record: RunRecord,
         question: Message,
         history: Sequence[PastMessage] | None = None,
         leaf: str | None = None,
-    ) -> Turn:
+    ) -> RunInput:
         """Everything that a run needs to answer a stored question."""
         source, model = self.models.choose(question.provider, question.model)
         options = {k: v for k, v in question.options.items() if k != "fingerprint"}
         tools = self._tools.choose(record.user, options.pop("tools", ()))
-        return Turn(
+        return RunInput(
             record=record,
             question=question,
             provider_name=source.name,
@@ -389,16 +388,16 @@ class Conversation:
     ) -> list[Message]:
         if history is not None:
             past = [_past(message, question.thread_id) for message in history]
-            newest = [*past, question][-self._limits.history_messages :]
+            newest = [*past, question][-self._policy.history_messages :]
         elif leaf is None and question.parent_id is None:
             newest = [question]
         else:
             window = Window(
-                limit=self._limits.history_messages, order="desc", leaf=leaf or question.id
+                limit=self._policy.history_messages, order="desc", leaf=leaf or question.id
             )
             found = await self.storage.messages(record.user, record.thread_id, window)
             newest = list(reversed(found))
-        return history_for_provider(newest, self._limits.history_chars)
+        return history_for_provider(newest, self._policy.history_chars)
 
     async def _question(self, user: str, thread_id: str, message_id: str | None) -> Message:
         """The user's message that led to a message: the nearest one on the way to the root."""

@@ -29,7 +29,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class ContentDelta:
     """Text to append to the answer."""
 
     type: ClassVar[str] = "content"
@@ -87,7 +87,7 @@ class MessageStored:
 
     @classmethod
     def of(cls, message: Message) -> MessageStored:
-        return cls(message.as_json())
+        return cls(message.to_dict())
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class End:
 
 Event = (
     Start
-    | Content
+    | ContentDelta
     | Reasoning
     | ToolCalled
     | ToolProgress
@@ -139,7 +139,7 @@ EVENT_TYPES: dict[str, type[Event]] = {
     kind.type: kind
     for kind in (
         Start,
-        Content,
+        ContentDelta,
         Reasoning,
         ToolCalled,
         ToolProgress,
@@ -154,7 +154,7 @@ _FIELDS = {kind: tuple(f.name for f in fields(kind)) for kind in EVENT_TYPES.val
 _LEFT_OUT_WHEN_NONE = frozenset({"retry_after", "reference"})
 
 
-def as_fields(event: Event, *, for_log: bool = False) -> dict[str, Any]:
+def event_fields(event: Event, *, for_log: bool = False) -> dict[str, Any]:
     """The event's own fields, as on the wire, or with what only the log keeps."""
     return {
         name: value
@@ -168,10 +168,10 @@ def merge(numbered: Iterable[Numbered]) -> list[Numbered]:
     """Join deltas of one kind that stand side by side, up to ``MERGED_CHARS`` characters each."""
     merged: list[Numbered] = []
     pieces: list[str] = []
-    kind: type[Content] | type[Reasoning] | None = None
+    kind: type[ContentDelta] | type[Reasoning] | None = None
     chars = last = 0
     for seq, event in numbered:
-        delta = event if isinstance(event, Content | Reasoning) else None
+        delta = event if isinstance(event, ContentDelta | Reasoning) else None
         if pieces and (delta is None or type(delta) is not kind or chars >= MERGED_CHARS):
             assert kind is not None
             merged.append((last, kind("".join(pieces))))

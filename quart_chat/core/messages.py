@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID
 
-Content = str | list[dict[str, Any]]
+MessageContent = str | list[dict[str, Any]]
 """The content of a message: a text, or parts in OpenAI's form."""
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -45,7 +45,7 @@ def rfc3339(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def text_of(content: Content | None) -> str:
+def text_of(content: MessageContent | None) -> str:
     """The words of a content: the text itself, or its text parts, a line each."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -68,7 +68,7 @@ class ToolCall:
     name: str
     arguments: dict[str, Any]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {"id": self.id, "name": self.name, "arguments": self.arguments}
 
 
@@ -96,7 +96,7 @@ class Usage:
             told.get("estimated", False),
         )
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -116,7 +116,7 @@ class Message:
     id: str
     thread_id: str
     role: Role
-    content: Content
+    content: MessageContent
     parent_id: str | None = None
     run_id: str | None = None
     reasoning: str | None = None
@@ -133,7 +133,7 @@ class Message:
     created_at: datetime = field(default_factory=now)
     position: int = 0
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The message as the JSON API and the ``message`` event show it."""
         body: dict[str, Any] = {
             "id": self.id,
@@ -146,7 +146,7 @@ class Message:
         if self.reasoning:
             body["reasoning"] = self.reasoning
         if self.tool_calls:
-            body["tool_calls"] = [call.as_json() for call in self.tool_calls]
+            body["tool_calls"] = [call.to_dict() for call in self.tool_calls]
         for name in ("tool_call_id", "name"):
             if (value := getattr(self, name)) is not None:
                 body[name] = value
@@ -169,7 +169,7 @@ class Thread:
     created_at: datetime = field(default_factory=now)
     updated_at: datetime = field(default_factory=now)
 
-    def as_json(self, active_run_id: str | None) -> dict[str, Any]:
+    def to_dict(self, active_run_id: str | None) -> dict[str, Any]:
         """The thread as the JSON API shows it."""
         return {
             "id": self.id,
@@ -185,7 +185,7 @@ class Thread:
 TITLE_CHARS = 80
 
 
-def title_from(content: Content) -> str | None:
+def title_from(content: MessageContent) -> str | None:
     """A title made of the beginning of a first message: one line, at most 80 characters."""
     words = " ".join(text_of(content).split())
     if len(words) <= TITLE_CHARS:

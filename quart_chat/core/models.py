@@ -10,7 +10,7 @@ from .ports import ModelInfo, Provider
 
 
 @dataclass(frozen=True)
-class Source:
+class ConfiguredProvider:
     """A configured provider. With ``models`` clients may choose only those."""
 
     name: str
@@ -24,12 +24,12 @@ class Source:
         return self.default_model or (self.models[0] if self.models else None)
 
 
-class Models:
+class ModelRegistry:
     """The configured providers, their models, and the defaults."""
 
     def __init__(
         self,
-        sources: Iterable[Source],
+        sources: Iterable[ConfiguredProvider],
         *,
         default_provider: str | None = None,
         default_model: str | None = None,
@@ -53,7 +53,7 @@ class Models:
         """The configured providers."""
         return list(self._sources)
 
-    def choose(self, provider: str | None, model: str | None) -> tuple[Source, str]:
+    def choose(self, provider: str | None, model: str | None) -> tuple[ConfiguredProvider, str]:
         """The provider and model for a message.
 
         Raises:
@@ -73,7 +73,7 @@ class Models:
             raise UnknownModel(f"model: {source.name} offers {choices} here, not {chosen!r}.")
         return source, chosen
 
-    def _source(self, name: str | None) -> Source:
+    def _source(self, name: str | None) -> ConfiguredProvider:
         if name is None:
             raise ProviderNotConfigured(
                 "No provider is configured. Set OPENAI_API_KEY or another provider's key, "

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from .events import Event, Numbered
-from .messages import Content, Message, Thread, ToolCall, User
+from .messages import Message, MessageContent, Thread, ToolCall, User
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Storage(Protocol):
         """Set or clear what the user thinks of a message. Raises NotFound."""
 
 
-class Archive(Protocol):
+class UserData(Protocol):
     """All that is kept of one user, and the end of what is kept for long enough."""
 
     def export(self, user: str) -> AsyncGenerator[dict[str, Any], None]:
@@ -130,7 +130,7 @@ class EventLog(Protocol):
     ) -> RunRecord | None:
         """The user's run of that id, or the newest of that thread."""
 
-    async def abandoned(self) -> Sequence[RunRecord]:
+    async def claim_abandoned(self) -> Sequence[RunRecord]:
         """Claim the runs that a dead or drained process left open, at most a hundred."""
 
     async def forget(self, user: str, thread_id: str) -> None:
@@ -194,7 +194,7 @@ class ProviderMessage:
     """A message as a model reads it."""
 
     role: str
-    content: Content
+    content: MessageContent
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None

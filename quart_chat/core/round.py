@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import InvalidMessage, ProviderError
 from .commands import check_values
-from .events import Content, Event, Reasoning
+from .events import ContentDelta, Event, Reasoning
 from .messages import ToolCall, Usage, text_of
 from .ports import (
     CallDelta,
@@ -28,7 +28,7 @@ from .ports import (
 CHARS_PER_TOKEN = 4
 """How tokens are estimated where a provider does not count them."""
 
-RELIEF_CHARS = 512 * 1024
+DISK_CHARS = 512 * 1024
 """After so much text the log is given time to write it down: no provider outruns the disk."""
 
 
@@ -55,7 +55,7 @@ class Round:
         )
 
     async def stream(
-        self, provider: Provider, idle_timeout: float, relieve: Callable[[], Awaitable[None]]
+        self, provider: Provider, idle_timeout: float, wait_for_disk: Callable[[], Awaitable[None]]
     ) -> None:
         """Ask, and append what comes until the provider ends; ``relieve`` is awaited at times.
 
@@ -65,14 +65,14 @@ class Round:
         loop = asyncio.get_running_loop()
         self._heard = loop.time()
         relieved_at = self._chars
-        watch = _Silence(idle_timeout, lambda: self._heard)
+        watch = _IdleTimeout(idle_timeout, lambda: self._heard)
         async with watch, aclosing(provider.stream(self._request)) as stream:
             async for deltas in stream:
                 self._heard = loop.time()
                 self._take(deltas)
-                if self._chars - relieved_at > RELIEF_CHARS:
+                if self._chars - relieved_at > DISK_CHARS:
                     relieved_at = self._chars
-                    await relieve()
+                    await wait_for_disk()
 
     def _take(self, deltas: Sequence[Delta]) -> None:
         events: list[Event] = []
@@ -80,7 +80,7 @@ class Round:
             match delta:
                 case TextDelta(text, reasoning):
                     self._chars += len(text)
-                    events.append(Reasoning(text) if reasoning else Content(text))
+                    events.append(Reasoning(text) if reasoning else ContentDelta(text))
                 case CallDelta():
                     self._chars += len(delta.arguments)
                     self._add(delta)
@@ -116,18 +116,18 @@ class Round:
     def calls(self) -> tuple[list[ToolCall], dict[str, str]]:
         """The calls, complete, and what is wrong with those whose arguments are no JSON object."""
         calls: list[ToolCall] = []
-        complaints: dict[str, str] = {}
+        argument_errors: dict[str, str] = {}
         taken: set[str] = set()
         for fragment in self._fragments:
             call_id = fragment.id or ""
             if not call_id or call_id in taken:
                 call_id = f"call_{secrets.token_hex(8)}"
             taken.add(call_id)
-            arguments, complaint = _decoded("".join(fragment.arguments))
-            if complaint is not None:
-                complaints[call_id] = complaint
+            arguments, argument_error = _decoded("".join(fragment.arguments))
+            if argument_error is not None:
+                argument_errors[call_id] = argument_error
             calls.append(ToolCall(call_id, _name(fragment.name), arguments))
-        return calls, complaints
+        return calls, argument_errors
 
 
 def _name(given: str) -> str:
@@ -160,7 +160,7 @@ def _decoded(arguments: str) -> tuple[dict[str, Any], str | None]:
     return value, None
 
 
-class _Silence:
+class _IdleTimeout:
     """Ends the block with ``provider_timeout`` after a silence; one timer, none per token."""
 
     def __init__(self, seconds: float, heard: Callable[[], float]) -> None:

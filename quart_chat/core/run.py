@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ChatError, InternalError, NotFound, RunError, StorageUnavailable
-from .calls import Calls, Reply, Toolbox
-from .draft import Draft, final_answer, fold, tool_unit, unfinished
 from .events import (
     End,
     Event,
@@ -27,8 +25,8 @@ from .events import (
     Stopped,
     ToolCalled,
 )
-from .limits import Limits
 from .messages import Message, Status, Usage
+from .policy import Policy
 from .ports import (
     EventLog,
     Provider,
@@ -38,6 +36,8 @@ from .ports import (
     Storage,
 )
 from .round import Round
+from .run_state import RunState, final_answer, missing_results, replay, tool_messages
+from .tool_executor import CallReply, Toolbox, ToolExecutor
 
 logger = logging.getLogger("quart_chat.run")
 
@@ -47,7 +47,7 @@ FIRST_RETRY = 0.05
 
 
 @dataclass(frozen=True)
-class Turn:
+class RunInput:
     """What is to be answered, by whom, with which tools."""
 
     record: RunRecord
@@ -80,13 +80,13 @@ class Outcome:
 
     @classmethod
     def failure(cls, error: ChatError, status: Status = "failed") -> Outcome:
-        return cls(status, None, (Failed(**error.as_json()),))
+        return cls(status, None, (Failed(**error.to_dict()),))
 
 
 class Run:
     """Answers one turn and stores what came of it."""
 
-    def __init__(self, turn: Turn, log: EventLog, storage: Storage, limits: Limits) -> None:
+    def __init__(self, turn: RunInput, log: EventLog, storage: Storage, policy: Policy) -> None:
         self.turn = turn
         self.record = turn.record
         self.followers = 0
@@ -95,14 +95,14 @@ class Run:
         self.on_finished: Callable[[Run], None] = lambda run: None
         self._log = log
         self._storage = storage
-        self._limits = limits
+        self._policy = policy
         self._transcript = [*turn.transcript]
         self._parent_id = turn.question.id
         self._stored_seq = 1
         self._round: Round | None = None
         self._usage = Usage()
         self._resumed_usage: Usage | None = None
-        self._calls: Calls | None = None
+        self._calls: ToolExecutor | None = None
         self._task: asyncio.Task[None] | None = None
         self._asked: Outcome | None = None
         self._ending = False
@@ -121,21 +121,21 @@ class Run:
         """Begin; the log has been opened with the turn's first event."""
         self._task = asyncio.create_task(self._live(None), name=f"quart_chat run {self.id}")
 
-    def go_on(self, draft: Draft) -> None:
+    def go_on(self, state: RunState) -> None:
         """Continue where a process before this one waited for an approval."""
-        self._stored_seq = draft.stored_seq
-        self._usage = draft.usage + draft.round_usage
-        self._resumed_usage = draft.round_usage
-        self._parent_id = draft.parent_id or self._parent_id
-        self._task = asyncio.create_task(self._live(draft), name=f"quart_chat run {self.id}")
+        self._stored_seq = state.stored_seq
+        self._usage = state.usage + state.round_usage
+        self._resumed_usage = state.round_usage
+        self._parent_id = state.parent_id or self._parent_id
+        self._task = asyncio.create_task(self._live(state), name=f"quart_chat run {self.id}")
 
     def stop(self, message: str) -> None:
         """End the run because somebody asked; the text so far is kept."""
-        self._ask(Outcome("stopped", None, (Stopped(message),)))
+        self._request_end(Outcome("stopped", None, (Stopped(message),)))
 
     def interrupt(self) -> None:
         """End the run because its process ends; the text so far is kept."""
-        self._ask(Outcome.failure(RunError(DRAINED, code="interrupted"), "interrupted"))
+        self._request_end(Outcome.failure(RunError(DRAINED, code="interrupted"), "interrupted"))
 
     def suspend(self) -> None:
         """Leave the run, which waits for a person, to the next process."""
@@ -143,7 +143,7 @@ class Run:
             self._suspended = True
             self._task.cancel()
 
-    def answer(self, call_id: str, reply: Reply) -> None:
+    def answer(self, call_id: str, reply: CallReply) -> None:
         """Hand in an approval or a client's result.
 
         Raises:
@@ -152,24 +152,24 @@ class Run:
         if self._calls is None or not self._calls.answer(call_id, reply):
             raise NotFound("The run does not wait for an answer to that tool call.")
 
-    def _ask(self, outcome: Outcome) -> None:
+    def _request_end(self, outcome: Outcome) -> None:
         if self._task is not None and not self._ending and self._asked is None:
             self._asked = outcome
             self._task.cancel()
 
-    async def _live(self, draft: Draft | None) -> None:
+    async def _live(self, state: RunState | None) -> None:
         try:
-            outcome = await self._outcome(draft)
+            outcome = await self._outcome(state)
             if outcome is not None:
                 await self._finish(outcome)
         finally:
             self.on_finished(self)
             self.finished.set()
 
-    async def _outcome(self, draft: Draft | None) -> Outcome | None:
+    async def _outcome(self, state: RunState | None) -> Outcome | None:
         try:
-            async with asyncio.timeout(self._limits.run_timeout) as timeout:
-                await self._answer(draft, timeout)
+            async with asyncio.timeout(self._policy.run_timeout) as timeout:
+                await self._answer(state, timeout)
             self._ending = True
             reason = self._round.finish_reason if self._round else None
             return Outcome("completed", reason or "stop")
@@ -181,7 +181,7 @@ class Run:
                 return self._asked
             raise
         except TimeoutError:
-            seconds = f"{self._limits.run_timeout:g}"
+            seconds = f"{self._policy.run_timeout:g}"
             return self._failure(RunError(f"The answer took over {seconds} s and was ended."))
         except ChatError as error:
             return self._failure(error)
@@ -197,25 +197,25 @@ class Run:
         logger.exception("run %s failed; reference %s", self.id, error.reference)
         return error
 
-    async def _answer(self, draft: Draft | None, timeout: asyncio.Timeout) -> None:
+    async def _answer(self, state: RunState | None, timeout: asyncio.Timeout) -> None:
         schemas = self.turn.toolbox.schemas()
-        if draft is not None:
-            waiting = draft.waiting
-            self._append(unfinished(call for call in draft.missing if call not in waiting))
+        if state is not None:
+            waiting = state.waiting
+            self._append(missing_results(call for call in state.missing if call not in waiting))
             await self._use_tools(waiting, {}, timeout)
-        for _ in range(self._limits.max_tool_rounds):
+        for _ in range(self._policy.max_tool_rounds):
             await self._ask_model(schemas)
             assert self._round is not None
-            calls, complaints = self._round.calls()
+            calls, argument_errors = self._round.calls()
             if not calls:
                 return
             self._calls = self._new_calls()
-            cost = self._round.usage.as_json()
-            announced = self._calls.announce(calls, complaints, cost)
-            await self._use_tools(announced, complaints, timeout)
+            cost = self._round.usage.to_dict()
+            announced = self._calls.announce(calls, argument_errors, cost)
+            await self._use_tools(announced, argument_errors, timeout)
         await self._ask_model([])
         raise RunError(
-            f"The model used tools in {self._limits.max_tool_rounds} rounds, which is the bound.",
+            f"The model used tools in {self._policy.max_tool_rounds} rounds, which is the bound.",
             code="tool_rounds_exceeded",
         )
 
@@ -228,15 +228,15 @@ class Run:
         if self._round is not None:
             self._usage += self._round.usage
         self._round = Round(request, self._append)
-        seconds = self._limits.provider_idle_timeout
-        await self._round.stream(turn.provider, seconds, self._relieve)
+        seconds = self._policy.provider_idle_timeout
+        await self._round.stream(turn.provider, seconds, self._wait_for_disk)
 
-    async def _relieve(self) -> None:
+    async def _wait_for_disk(self) -> None:
         with suppress(StorageUnavailable):  # the client keeps getting its stream
             await self._log.flush(self.id)
 
     def _prompt(self) -> list[ProviderMessage]:
-        system = self._limits.system_prompt
+        system = self._policy.system_prompt
         prompt = [ProviderMessage("system", system)] if system else []
         for each in self._transcript:
             name = each.name if each.role != "tool" else None
@@ -245,13 +245,13 @@ class Run:
             )
         return prompt
 
-    def _new_calls(self) -> Calls:
-        return Calls(self.record, self.turn.toolbox, self._limits, self._append)
+    def _new_calls(self) -> ToolExecutor:
+        return ToolExecutor(self.record, self.turn.toolbox, self._policy, self._append)
 
     async def _use_tools(
         self,
         announced: Sequence[ToolCalled],
-        complaints: Mapping[str, str],
+        argument_errors: Mapping[str, str],
         timeout: asyncio.Timeout,
     ) -> None:
         calls = self._calls = self._calls or self._new_calls()
@@ -259,10 +259,10 @@ class Run:
         left = (timeout.when() or loop.time()) - loop.time()
         if any(called.needs for called in announced):
             timeout.reschedule(None)
-        await calls.run(announced, complaints)
+        await calls.run(announced, argument_errors)
         timeout.reschedule(loop.time() + left)
         self._calls = None
-        self._append(await self._store_unit(await self._draft(), "completed"))
+        self._append(await self._store_unit(await self._replayed(), "completed"))
 
     async def _finish(self, outcome: Outcome) -> None:
         status = outcome.status
@@ -277,45 +277,47 @@ class Run:
             status = "stopped"
         except ChatError as error:
             status = "failed"
-            self._append([Failed(**error.as_json())])
+            self._append([Failed(**error.to_dict())])
         except Exception:
             status = "failed"
-            self._append([Failed(**self._unexpected().as_json())])
+            self._append([Failed(**self._unexpected().to_dict())])
         usage = self._usage + self._round.usage if self._round else self._usage
         self.on_finished(self)
-        self._append([*stored, End(status, outcome.finish_reason, usage.as_json())])
-        await self._relieve()
+        self._append([*stored, End(status, outcome.finish_reason, usage.to_dict())])
+        await self._wait_for_disk()
 
     async def _store_answer(self, status: Status) -> list[Event]:
-        draft = await self._draft()
+        state = await self._replayed()
         stored: list[Event] = []
-        if draft.calls:
-            self._append(unfinished(draft.missing))
-            stored += await self._store_unit(await self._draft(), status)
-            draft = Draft()
-        answer = final_answer(draft, self.record, self._parent_id, self._told(status))
+        if state.calls:
+            self._append(missing_results(state.missing))
+            stored += await self._store_unit(await self._replayed(), status)
+            state = RunState()
+        answer = final_answer(state, self.record, self._parent_id, self._message_fields(status))
         return [*stored, *await self._store([answer])]
 
-    async def _store_unit(self, draft: Draft, status: Status) -> list[Event]:
-        unit = tool_unit(draft, self.record, self._parent_id, self._told(status))
+    async def _store_unit(self, state: RunState, status: Status) -> list[Event]:
+        unit = tool_messages(state, self.record, self._parent_id, self._message_fields(status))
         events = await self._store(unit)
         self._transcript += unit
         self._parent_id = unit[-1].id
-        self._stored_seq = draft.seq
+        self._stored_seq = state.seq
         return events
 
-    def _told(self, status: Status) -> dict[str, Any]:
+    def _message_fields(self, status: Status) -> dict[str, Any]:
         turn, usage = self.turn, self._round.usage if self._round else self._resumed_usage
         return {
             "model": turn.model,
             "provider": turn.provider_name,
             "status": status,
-            "usage": usage.as_json() if usage else None,
+            "usage": usage.to_dict() if usage else None,
         }
 
-    async def _draft(self) -> Draft:
-        draft: Draft = await self._with_patience(lambda: fold(self._log, self.id, self._stored_seq))
-        return draft
+    async def _replayed(self) -> RunState:
+        state: RunState = await self._with_patience(
+            lambda: replay(self._log, self.id, self._stored_seq)
+        )
+        return state
 
     async def _store(self, messages: Sequence[Message]) -> list[Event]:
         async def store() -> Sequence[Message]:
@@ -327,7 +329,7 @@ class Run:
     async def _with_patience(self, attempt: Callable[[], Any]) -> Any:
         """Try again, ever more rarely, while the storage is away."""
         loop = asyncio.get_running_loop()
-        until, pause = loop.time() + self._limits.storage_retry, FIRST_RETRY
+        until, pause = loop.time() + self._policy.storage_retry, FIRST_RETRY
         while True:
             try:
                 return await attempt()

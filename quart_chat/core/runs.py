@@ -11,19 +11,19 @@ from dataclasses import dataclass, field
 
 from ..errors import RateLimited, ServerDraining, ThreadBusy
 from .events import Numbered
-from .limits import Limits
+from .policy import Policy
 from .ports import RunRecord
 from .run import Run
 
 logger = logging.getLogger("quart_chat.runs")
 
 STOPPED_BY_USER = "Generation stopped by user"
-Key = tuple[str, str]
+ThreadKey = tuple[str, str]
 """A user and a thread id."""
 
 
 @dataclass(frozen=True)
-class Following:
+class Subscription:
     """A run and the event after which it is followed; ``stored`` where only its answer is kept."""
 
     record: RunRecord
@@ -32,13 +32,13 @@ class Following:
 
 
 @dataclass(eq=False)
-class Waiting:
+class QueuedMessage:
     """A message that waits for its turn; ``started`` gives its run, or None where it is dropped."""
 
     message_id: str
     fingerprint: str
-    begin: Callable[[], Awaitable[Following]]
-    started: asyncio.Future[Following | None] = field(
+    begin: Callable[[], Awaitable[Subscription]]
+    started: asyncio.Future[Subscription | None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
@@ -46,14 +46,14 @@ class Waiting:
 class Runs:
     """Starts, finds, stops and drains runs, and keeps the queue of every thread."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, policy: Policy) -> None:
         self.draining = False
-        self._limits = limits
+        self._policy = policy
         self._runs: dict[str, Run] = {}
-        self._threads: dict[Key, Run] = {}
-        self._queues: dict[Key, deque[Waiting]] = {}
+        self._threads: dict[ThreadKey, Run] = {}
+        self._queues: dict[ThreadKey, deque[QueuedMessage]] = {}
         self._per_user: Counter[str] = Counter()
-        self._locks: dict[Key, tuple[asyncio.Lock, int]] = {}
+        self._locks: dict[ThreadKey, tuple[asyncio.Lock, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class Runs:
         return run if run is not None and run.record.user == user else None
 
     @asynccontextmanager
-    async def turn(self, user: str, thread_id: str) -> AsyncIterator[None]:
+    async def lock(self, user: str, thread_id: str) -> AsyncIterator[None]:
         """Hold a thread while it is decided what happens next in it."""
         key = (user, thread_id)
         lock, holders = self._locks.get(key, (None, 0))
@@ -98,7 +98,7 @@ class Runs:
             RateLimited: The user has as many runs as ``CHAT_MAX_RUNS_PER_USER`` allows.
         """
         self.admit_message()
-        bound = self._limits.max_runs_per_user
+        bound = self._policy.max_runs_per_user
         if bound is not None and self._per_user[user] >= bound:
             raise RateLimited(
                 f"{bound} answers are being made for you already. Wait for one to end.",
@@ -127,7 +127,9 @@ class Runs:
         if key in self._queues and not self.draining:
             self._spawn(self._begin_next(key, run))
 
-    def queued(self, user: str, thread_id: str, message_id: str) -> tuple[Waiting, int] | None:
+    def queued(
+        self, user: str, thread_id: str, message_id: str
+    ) -> tuple[QueuedMessage, int] | None:
         """A waiting message and its position, from 1."""
         for position, waiting in enumerate(self._queues.get((user, thread_id), ()), 1):
             if waiting.message_id == message_id:
@@ -138,14 +140,14 @@ class Runs:
         """Whether messages wait in a thread."""
         return bool(self._queues.get((user, thread_id)))
 
-    def enqueue(self, user: str, thread_id: str, waiting: Waiting) -> int:
+    def enqueue(self, user: str, thread_id: str, waiting: QueuedMessage) -> int:
         """Let a message wait, and give its position, from 1.
 
         Raises:
             ThreadBusy: ``CHAT_QUEUE_LIMIT`` messages wait already.
         """
         queue = self._queues.setdefault((user, thread_id), deque())
-        if len(queue) >= self._limits.queue_limit:
+        if len(queue) >= self._policy.queue_limit:
             raise ThreadBusy(f"{len(queue)} messages wait in this thread already.")
         queue.append(waiting)
         return len(queue)
@@ -162,9 +164,9 @@ class Runs:
                     waiting.started.exception()
         return len(queue)
 
-    async def _begin_next(self, key: Key, ended: Run) -> None:
+    async def _begin_next(self, key: ThreadKey, ended: Run) -> None:
         await ended.finished.wait()
-        async with self.turn(*key):
+        async with self.lock(*key):
             queue = self._queues.get(key)
             while queue and key not in self._threads:
                 waiting = queue.popleft()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
-from .events import MERGED_CHARS, Content, End, Event, Numbered, Reasoning, merge
+from .events import MERGED_CHARS, ContentDelta, End, Event, Numbered, Reasoning, merge
 
 EVENT_WEIGHT = 100
 """What an event counts for besides its text, so that many small ones are bounded too."""
@@ -101,6 +101,6 @@ class Tail:
 
 
 def _weight(event: Event) -> int:
-    if isinstance(event, Content | Reasoning):
+    if isinstance(event, ContentDelta | Reasoning):
         return EVENT_WEIGHT + len(event.content)
     return EVENT_WEIGHT

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Sequence
 
 from ..errors import ChatError
-from .events import Content, Event
+from .events import ContentDelta, Event
 from .messages import TITLE_CHARS, Message, text_of
-from .models import Models
+from .models import ModelRegistry
 from .ports import ProviderMessage, ProviderRequest, Storage
 from .round import Round
 
@@ -23,10 +23,10 @@ ASKED_CHARS = 2000
 TITLE_SECONDS = 60
 
 
-class Titles:
+class TitleMaker:
     """Makes titles with ``CHAT_TITLE_MODEL``, delaying nobody."""
 
-    def __init__(self, storage: Storage, models: Models, model: str) -> None:
+    def __init__(self, storage: Storage, models: ModelRegistry, model: str) -> None:
         self._storage = storage
         self._models = models
         self._model = model
@@ -50,13 +50,13 @@ class Titles:
         pieces: list[str] = []
 
         def keep(events: Sequence[Event]) -> None:
-            pieces.extend(event.content for event in events if isinstance(event, Content))
+            pieces.extend(event.content for event in events if isinstance(event, ContentDelta))
 
         try:
             source, model = self._models.choose(None, self._model)
             request = ProviderRequest(model, messages, options={"max_tokens": 32})
             async with asyncio.timeout(TITLE_SECONDS):
-                await Round(request, keep).stream(source.provider, TITLE_SECONDS, _no_relief)
+                await Round(request, keep).stream(source.provider, TITLE_SECONDS, _no_disk)
             if title := " ".join("".join(pieces).split()).strip("\"'*# .")[:TITLE_CHARS]:
                 changes = {"title": title}
                 await self._storage.update_thread(
@@ -66,5 +66,5 @@ class Titles:
             logger.warning("no title was made: %s", type(error).__name__)
 
 
-async def _no_relief() -> None:
+async def _no_disk() -> None:
     """A title is never long."""

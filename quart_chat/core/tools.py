@@ -23,7 +23,7 @@ MAX_RESULT_CHARS = 32_768
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 """What OpenAI takes for the name of a function."""
 
-Approval = bool | Callable[[dict[str, Any]], bool]
+ApprovalRule = bool | Callable[[dict[str, Any]], bool]
 
 
 class ToolError(Exception):
@@ -57,7 +57,7 @@ class Tool:
     description: str
     parameters: dict[str, Any]
     invoke: Callable[[ToolContext, dict[str, Any]], Awaitable[Any]]
-    needs_approval: Approval = False
+    needs_approval: ApprovalRule = False
     users: Callable[[str], bool] | None = None
     convert: Callable[[dict[str, Any]], dict[str, Any]] | None = field(default=None, compare=False)
     function: Callable[..., Any] | None = field(default=None, compare=False)
@@ -97,7 +97,7 @@ def tool(function: Callable[..., Any], /) -> Tool: ...
 def tool(
     *,
     name: str | None = None,
-    needs_approval: Approval = False,
+    needs_approval: ApprovalRule = False,
     users: Callable[[str], bool] | None = None,
 ) -> Callable[[Callable[..., Any]], Tool]: ...
 
@@ -107,7 +107,7 @@ def tool(
     /,
     *,
     name: str | None = None,
-    needs_approval: Approval = False,
+    needs_approval: ApprovalRule = False,
     users: Callable[[str], bool] | None = None,
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
     """Make a tool of an async or plain function; plain ones run in a thread of their own.
@@ -278,7 +278,7 @@ def as_result(value: Any) -> str:
     return text
 
 
-class Tools:
+class ToolRegistry:
     """The tools of a server, by name."""
 
     def __init__(self, tools: Iterable[Tool] = ()) -> None:

@@ -23,7 +23,7 @@ SLASH = "\x1f"
 
 CONVERTER = "chat_id"
 
-KEEPER = "quart_chat.keeper"
+HAND_OFF = "quart_chat.keeper"
 """The key in a socket's scope."""
 
 
@@ -40,7 +40,7 @@ class IdConverter(BaseConverter):
         return str(super().to_url(str(value))).replace("/", "%2F")
 
 
-class Wire(Protocol):
+class Socket(Protocol):
     """An accepted socket: Quart's, or the server's own."""
 
     async def receive(self) -> Frame | None: ...
@@ -50,14 +50,14 @@ class Wire(Protocol):
     async def close(self, code: int, reason: str) -> None: ...
 
 
-Serve = Callable[[Wire], Awaitable[None]]
+Serve = Callable[[Socket], Awaitable[None]]
 
 
 class Disconnected(Exception):
     """The client has gone."""
 
 
-class BareWire:
+class ASGISocket:
     """The server's own socket; ``waiting`` are frames that have come already."""
 
     __slots__ = ("_receive", "_send", "_waiting", "closed")
@@ -101,7 +101,7 @@ class ChatWebsocketConnection(ASGIWebsocketConnection):
     """
 
     def __init__(self, app: Quart, scope: Any) -> None:
-        super().__init__(app, cast("Any", {**scope, KEEPER: self._keep}))
+        super().__init__(app, cast("Any", {**scope, HAND_OFF: self._keep}))
         self.queue: Frames = Frames(WAITING_FRAMES)
         self._gone = False
         self._serve: Serve | None = None
@@ -113,7 +113,7 @@ class ChatWebsocketConnection(ASGIWebsocketConnection):
         await super().__call__(receive, send)
         if self._serve is None or self._gone:
             return
-        wire = BareWire(self.queue.left(), receive, send)
+        wire = ASGISocket(self.queue.left(), receive, send)
         del self.queue, self.scope
         async with self.app.app_context():
             await self._serve(wire)
@@ -125,11 +125,11 @@ class ChatWebsocketConnection(ASGIWebsocketConnection):
         self._gone = True
 
     async def handle_websocket(self, websocket: Websocket, send: Any) -> None:
-        async def unless_kept(event: Any) -> None:
+        async def unless_handed_off(event: Any) -> None:
             if self._serve is None:
                 await send(event)
 
-        await super().handle_websocket(websocket, unless_kept)
+        await super().handle_websocket(websocket, unless_handed_off)
 
 
 class Frames(asyncio.Queue[Frame]):
@@ -151,13 +151,13 @@ class Frames(asyncio.Queue[Frame]):
         return [*(self.get_nowait() for _ in range(self.qsize())), *self._late]
 
 
-def keeper(socket: Websocket) -> Callable[[Serve], None] | None:
+def hand_off(socket: Websocket) -> Callable[[Serve], None] | None:
     """Lets a handler say how its socket is served once it has returned.
 
     None where the application has a connection class of its own.
     """
     scope: Mapping[str, Any] = cast("Any", socket.scope)
-    return scope.get(KEEPER)
+    return scope.get(HAND_OFF)
 
 
 class EncodedSlashConnection(ASGIHTTPConnection):

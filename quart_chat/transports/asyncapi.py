@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from ..core.commands import COMMANDS
 from ..core.events import EVENT_TYPES
-from .documents import ErrorDetail, MessageDocument
+from .schemas import ErrorDetail, MessageSchema
 
 REFERENCES = "#/components/schemas/{model}"
 EXAMPLE_RUN = "01a20616-0f76-7a70-9c11-a91263a4a719"
@@ -82,7 +82,7 @@ def event_schemas(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if kind == "tool_call":
             properties.pop("usage")
         if kind == "message":
-            schemas["MessageDocument"] = _schema(MessageDocument, schemas)
+            schemas["MessageDocument"] = _schema(MessageSchema, schemas)
             properties["message"] = {"$ref": REFERENCES.format(model="MessageDocument")}
         envelope = {
             "type": {"const": kind},

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import msgpack
 
-from ..core.events import Content, Event, Numbered, as_fields
+from ..core.events import ContentDelta, Event, Numbered, event_fields
 from ..core.ports import RunRecord
 from ..errors import ChatError, InvalidMessage, TooLarge
 
@@ -70,7 +70,7 @@ def _decode_msgpack(frame: bytes, max_bytes: int) -> Any:
 
 def error_event(error: ChatError, **more: Any) -> dict[str, Any]:
     """An error that belongs to no run."""
-    return {"type": "error", **{k: v for k, v in more.items() if v is not None}, **error.as_json()}
+    return {"type": "error", **{k: v for k, v in more.items() if v is not None}, **error.to_dict()}
 
 
 def event_of(record: RunRecord, seq: int, event: Event) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def event_of(record: RunRecord, seq: int, event: Event) -> dict[str, Any]:
         "thread_id": record.thread_id,
         "run_id": record.id,
         "seq": seq,
-        **as_fields(event),
+        **event_fields(event),
     }
 
 
@@ -102,7 +102,7 @@ def json_events(record: RunRecord) -> Callable[[Numbered], str]:
 
     def encode(numbered: Numbered) -> str:
         seq, event = numbered
-        if type(event) is Content:
+        if type(event) is ContentDelta:
             return f'{head}{seq},"content":{encode_basestring(event.content)}}}'
         return to_json(event_of(record, seq, event))
 
@@ -116,7 +116,7 @@ def msgpack_events(record: RunRecord) -> Callable[[Numbered], bytes]:
 
     def encode(numbered: Numbered) -> bytes:
         seq, event = numbered
-        if type(event) is Content:
+        if type(event) is ContentDelta:
             return pack(
                 {
                     "type": "content",

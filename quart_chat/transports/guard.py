@@ -22,8 +22,8 @@ MAX_RATES = 100_000
 MAX_USER_ID = 255
 SECONDS = {"second": 1, "minute": 60, "hour": 3600}
 
-Asking = Request | Websocket
-HostAuthenticate = Callable[[Asking], str | User | Awaitable[str | User | None] | None]
+HTTPConnection = Request | Websocket
+HostAuthenticate = Callable[[HTTPConnection], str | User | Awaitable[str | User | None] | None]
 
 CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, OPTIONS"
 CORS_HEADERS = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
@@ -45,7 +45,7 @@ class TooManyConnections(ChatError):
     default_message = "Too many connections are open. Close one, or try again later."
 
 
-class Rate:
+class RateLimiter:
     """The generic cell rate algorithm: ``count`` messages a period, evenly refilled."""
 
     def __init__(self, limit: str) -> None:
@@ -67,7 +67,7 @@ class Rate:
             self._arrivals.popitem(last=False)
 
 
-class Place:
+class ConnectionSlot:
     """A counted connection; given back once, at the latest when nobody holds it any more."""
 
     def __init__(self, connections: Counter[str], user: str) -> None:
@@ -93,7 +93,7 @@ class Guard:
         self.authenticator: Authenticator | None = None
         self.host_authenticate: HostAuthenticate | None = None
         self._settings = settings
-        self._rate = Rate(settings.rate_limit) if settings.rate_limit else None
+        self._rate = RateLimiter(settings.rate_limit) if settings.rate_limit else None
         self._connections: Counter[str] = Counter()
 
     @property
@@ -101,19 +101,19 @@ class Guard:
         """Whether everybody is the same user."""
         return self.authenticator is None and self.host_authenticate is None
 
-    async def identify(self, asking: Asking, *, query_token: bool = False) -> User:
+    async def identify(self, connection: HTTPConnection, *, query_token: bool = False) -> User:
         """The user behind a request or socket.
 
         Raises:
             NotAuthenticated: There is none.
         """
         if self.host_authenticate is not None:
-            return await self._ask_host(self.host_authenticate, asking)
+            return await self._ask_host(self.host_authenticate, connection)
         if self.authenticator is None:
             return User(LOCAL_USER)
-        token = bearer(asking)
+        token = bearer(connection)
         if token is None and query_token:
-            token = asking.args.get("token")
+            token = connection.args.get("token")
         if not token:
             raise NotAuthenticated.required()
         return await self.verify(token)
@@ -130,8 +130,8 @@ class Guard:
         except TimeoutError:
             raise NotAuthenticated("The access token could not be verified in time.") from None
 
-    async def _ask_host(self, ask: HostAuthenticate, asking: Asking) -> User:
-        answer = ask(asking)
+    async def _ask_host(self, ask: HostAuthenticate, connection: HTTPConnection) -> User:
+        answer = ask(connection)
         found = await answer if inspect.isawaitable(answer) else answer
         if isinstance(found, User):
             return found
@@ -146,46 +146,46 @@ class Guard:
         if self._rate is not None:
             self._rate.take(user)
 
-    def take_place(self, user: str) -> Place:
+    def take_place(self, user: str) -> ConnectionSlot:
         """Count a socket or stream from now on. Raises TooManyConnections."""
         mine = self._settings.max_connections_per_user
         if self._connections.total() >= self._settings.max_connections or (
             mine is not None and self._connections[user] >= mine
         ):
             raise TooManyConnections(retry_after=1)
-        return Place(self._connections, user)
+        return ConnectionSlot(self._connections, user)
 
-    def check_origin(self, asking: Asking) -> None:
+    def check_origin(self, connection: HTTPConnection) -> None:
         """Refuse pages of other origins; what is no browser sends none. Raises ForbiddenOrigin."""
-        origin = asking.headers.get("Origin")
-        if origin is not None and not self._allows(origin, asking):
+        origin = connection.headers.get("Origin")
+        if origin is not None and not self._allows(origin, connection):
             raise ForbiddenOrigin
-        if origin is None and self._is_rebound(asking):
+        if origin is None and self._is_rebound(connection):
             raise ForbiddenOrigin
 
-    def _is_rebound(self, asking: Asking) -> bool:
+    def _is_rebound(self, connection: HTTPConnection) -> bool:
         """Whether a page got here by a name of its own that resolves to this machine."""
-        if not (self.is_local and _bound_to_loopback(asking)):
+        if not (self.is_local and _bound_to_loopback(connection)):
             return False
-        host = asking.headers.get("Host", "")
+        host = connection.headers.get("Host", "")
         listed = {each.partition("://")[2] for each in self._settings.allowed_origins}
         return bool(host) and not loopback(_hostname(f"//{host}")) and host not in listed
 
-    def _allows(self, origin: str, asking: Asking) -> bool:
+    def _allows(self, origin: str, connection: HTTPConnection) -> bool:
         allowed = self._settings.allowed_origins
         if "*" in allowed or origin in allowed:
             return True
-        if self.is_local and _bound_to_loopback(asking):
+        if self.is_local and _bound_to_loopback(connection):
             # A page of any other name that resolves to this machine is an attack (DNS rebinding).
             return loopback(_hostname(origin))
         _, _, netloc = origin.partition("://")
-        return netloc != "" and netloc.lower() == asking.headers.get("Host", "").lower()
+        return netloc != "" and netloc.lower() == connection.headers.get("Host", "").lower()
 
-    def cors(self, asking: Asking, response: Response) -> None:
+    def cors(self, connection: HTTPConnection, response: Response) -> None:
         """Let the pages that may read the answer read it."""
-        origin = asking.headers.get("Origin")
+        origin = connection.headers.get("Origin")
         response.headers.add("Vary", "Origin")
-        if origin is None or not self._allows(origin, asking):
+        if origin is None or not self._allows(origin, connection):
             return
         listed = origin in self._settings.allowed_origins
         wildcard = "*" in self._settings.allowed_origins and not listed
@@ -193,7 +193,7 @@ class Guard:
         response.headers["Access-Control-Expose-Headers"] = CORS_EXPOSED
         if not wildcard:
             response.headers["Access-Control-Allow-Credentials"] = "true"
-        if asking.method == "OPTIONS":
+        if connection.method == "OPTIONS":
             response.headers["Access-Control-Allow-Methods"] = CORS_METHODS
             response.headers["Access-Control-Allow-Headers"] = CORS_HEADERS
             response.headers["Access-Control-Max-Age"] = "600"
@@ -206,12 +206,12 @@ def _hostname(url: str) -> str:
         return ""
 
 
-def bearer(asking: Asking) -> str | None:
+def bearer(connection: HTTPConnection) -> str | None:
     """The token of ``Authorization: Bearer …`` (RFC 6750)."""
-    scheme, _, token = asking.headers.get("Authorization", "").partition(" ")
+    scheme, _, token = connection.headers.get("Authorization", "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None
 
 
-def _bound_to_loopback(asking: Asking) -> bool:
-    server: Any = asking.scope.get("server") if asking.scope else None
+def _bound_to_loopback(connection: HTTPConnection) -> bool:
+    server: Any = connection.scope.get("server") if connection.scope else None
     return bool(server) and loopback(str(server[0]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from quart import Blueprint, Response, jsonify
 from quart_schema import document_response
 
-from .documents import HealthDocument
-from .server import current_server, guarded
+from .schemas import HealthDocument
+from .state import current_state, guarded
 
 health_blueprint = Blueprint("quart_chat_health", __name__)
 guarded(health_blueprint)
@@ -16,4 +16,4 @@ guarded(health_blueprint)
 @document_response(HealthDocument)
 async def health() -> Response:
     """Whether the process serves, and over which protocol."""
-    return jsonify(status="healthy", protocol=current_server().settings.protocol)
+    return jsonify(status="healthy", protocol=current_state().settings.protocol)

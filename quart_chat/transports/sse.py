@@ -14,17 +14,17 @@ from quart_schema import document_querystring, document_request
 from ..core.commands import SendMessage, is_id, parse
 from ..core.conversation import Queued
 from ..core.messages import User
-from ..core.runs import STOPPED_BY_USER, Following
+from ..core.runs import STOPPED_BY_USER, Subscription
 from ..errors import ChatError, InvalidMessage, NotFound, NothingToResume
 from .codec import decode_json, error_event, sse_events, sse_frame
-from .documents import FollowQuery, documents_stream
-from .guard import Place
-from .server import (
-    ChatServer,
-    HasServer,
+from .guard import ConnectionSlot
+from .schemas import FollowQuery, documents_stream
+from .state import (
+    ChatState,
+    HasChatState,
     as_chat_error,
     body_of,
-    current_server,
+    current_state,
     error_response,
     guarded,
 )
@@ -41,7 +41,7 @@ KEEP_ALIVE = ": keep-alive\n\n"
 @documents_stream
 async def send_message() -> Response:
     """Send a message and stream the run that answers it."""
-    return await ChatSSERunner(current_server()).respond(request)
+    return await ChatSSERunner(current_state()).respond(request)
 
 
 @sse_blueprint.get("")
@@ -49,47 +49,47 @@ async def send_message() -> Response:
 @documents_stream
 async def follow_run() -> Response:
     """Follow a run that exists, as a browser's EventSource does."""
-    return await ChatSSERunner(current_server()).respond(request)
+    return await ChatSSERunner(current_state()).respond(request)
 
 
 class ChatSSERunner:
     """Serves the stream on any route: ``return await ChatSSERunner(chat).respond(request)``."""
 
-    def __init__(self, chat: HasServer) -> None:
+    def __init__(self, chat: HasChatState) -> None:
         self._server = chat.server
 
     async def respond(self, request: Any) -> Response:
         """Answer a POST (send a message) or a GET (follow a run); a refusal is an answer too."""
-        asking: Request = getattr(request, "_get_current_object", lambda: request)()
+        connection: Request = getattr(request, "_get_current_object", lambda: request)()
         try:
-            self._server.guard.check_origin(asking)
-            if asking.method == "GET":
-                return await self._follow(asking)
-            return await self._send(asking)
+            self._server.guard.check_origin(connection)
+            if connection.method == "GET":
+                return await self._follow(connection)
+            return await self._send(connection)
         except NothingToResume:
             return Response("", 204)
         except Exception as error:
             return error_response(as_chat_error(error))
 
-    async def _follow(self, asking: Request) -> Response:
-        user = await self._server.guard.identify(asking, query_token=True)
+    async def _follow(self, connection: Request) -> Response:
+        user = await self._server.guard.identify(connection, query_token=True)
         place = self._server.guard.take_place(user.id)
-        return self._stream(_Stream(self._server, user, place, await self._found(asking, user)))
+        return self._stream(_Stream(self._server, user, place, await self._found(connection, user)))
 
-    async def _send(self, asking: Request) -> Response:
+    async def _send(self, connection: Request) -> Response:
         guard, settings = self._server.guard, self._server.settings
-        user = await guard.identify(asking)
+        user = await guard.identify(connection)
         place = guard.take_place(user.id)
-        body = await body_of(asking, settings)
-        command = parse_message(body, asking.headers.get("Idempotency-Key"))
+        body = await body_of(connection, settings)
+        command = parse_message(body, connection.headers.get("Idempotency-Key"))
         guard.take_message(user.id)
         stateless = settings.storage == "memory"
         sent = await self._server.conversation.send(user.id, command, history_allowed=stateless)
         return self._stream(_Stream(self._server, user, place, sent, command.id))
 
-    async def _found(self, asking: Request, user: User) -> Following:
-        arguments = asking.args
-        last = asking.headers.get("Last-Event-ID") or arguments.get("last_event_id")
+    async def _found(self, connection: Request, user: User) -> Subscription:
+        arguments = connection.args
+        last = connection.headers.get("Last-Event-ID") or arguments.get("last_event_id")
         run_id, thread_id, after = arguments.get("run_id"), arguments.get("thread_id"), 0
         if last:
             run_id, after = _position(last)
@@ -145,10 +145,10 @@ class _Stream:
 
     def __init__(
         self,
-        server: ChatServer,
+        server: ChatState,
         user: User,
-        place: Place,
-        sent: Following | Queued,
+        place: ConnectionSlot,
+        sent: Subscription | Queued,
         reply_to: str | None = None,
     ) -> None:
         self._place = place
@@ -162,15 +162,15 @@ class _Stream:
         """The body, a frame or several at a time."""
         task = asyncio.current_task()
         assert task is not None
-        presence = self._server.conversation.presence
+        expiry = self._server.conversation.expiry
 
         def break_off() -> None:
             task.cancel()
 
         self._server.closers.add(break_off)
-        pulse = _Pulse(self._server.settings.keepalive, task)
-        if presence is not None:
-            presence.arrive(self._user.id, self.thread_id)
+        pulse = _KeepAlive(self._server.settings.keepalive, task)
+        if expiry is not None:
+            expiry.arrive(self._user.id, self.thread_id)
         try:
             yield OPEN
             async for frames in self._frames(pulse):
@@ -179,12 +179,12 @@ class _Stream:
             self._place.release()
             pulse.stop()
             self._server.closers.discard(break_off)
-            if presence is not None:
-                presence.leave(self._user.id, self.thread_id)
+            if expiry is not None:
+                expiry.leave(self._user.id, self.thread_id)
 
-    async def _frames(self, pulse: _Pulse) -> AsyncGenerator[str, None]:
-        following: Following | None
-        if isinstance(self._sent, Following):
+    async def _frames(self, pulse: _KeepAlive) -> AsyncGenerator[str, None]:
+        following: Subscription | None
+        if isinstance(self._sent, Subscription):
             following = self._sent
         else:
             more = {"reply_to": self._reply_to} if self._reply_to else {}
@@ -211,11 +211,13 @@ class _Stream:
             del self._server.deliveries[delivered]
             delivered.cancel()
 
-    async def _turn(self) -> tuple[Following | None]:
+    async def _turn(self) -> tuple[Subscription | None]:
         assert isinstance(self._sent, Queued)
         return (await self._sent.started(),)
 
-    async def _events(self, following: Following, pulse: _Pulse) -> AsyncGenerator[str, None]:
+    async def _events(
+        self, following: Subscription, pulse: _KeepAlive
+    ) -> AsyncGenerator[str, None]:
         encode = sse_events(following.record)
         follow = self._server.conversation.follow
         pages = follow(following)
@@ -240,7 +242,7 @@ class _Stream:
 T = TypeVar("T")
 
 
-class _Pulse:
+class _KeepAlive:
     """Notices silence while the body waits; one timer for a stream, none per event."""
 
     def __init__(self, seconds: float, task: asyncio.Task[Any]) -> None:

@@ -18,7 +18,7 @@ from ..core.messages import Message, Thread, new_id, rfc3339
 from ..core.ports import Window
 from ..errors import InvalidMessage, NotFound, NotRunning
 from .codec import decode_json
-from .documents import (
+from .schemas import (
     Feedback,
     MessagePage,
     MessageQuery,
@@ -26,12 +26,12 @@ from .documents import (
     NewThread,
     StopDocument,
     ThreadChanges,
-    ThreadDocument,
     ThreadPage,
     ThreadQuery,
+    ThreadSchema,
     documents_errors,
 )
-from .server import ChatServer, body_of, current_server, guarded
+from .state import ChatState, body_of, current_state, guarded
 
 threads_blueprint = Blueprint("quart_chat_threads", __name__)
 guarded(threads_blueprint)
@@ -41,13 +41,13 @@ M = TypeVar("M", bound=BaseModel)
 NO_CURSOR = "cursor: this is no cursor of ours; begin without one."
 
 
-async def _asked() -> tuple[ChatServer, str]:
-    server = current_server()
+async def _asked() -> tuple[ChatState, str]:
+    server = current_state()
     return server, (await server.guard.identify(request)).id
 
 
 async def _body(model: type[M]) -> M:
-    raw = await body_of(request, current_server().settings)
+    raw = await body_of(request, current_state().settings)
     data = decode_json(raw) if raw else {}
     if not isinstance(data, dict):
         raise InvalidMessage("The body is one JSON object.")
@@ -81,8 +81,8 @@ def _from_cursor(cursor: str | None, *types: type) -> list[Any] | None:
     raise InvalidMessage(NO_CURSOR)
 
 
-def _thread(server: ChatServer, user: str, thread: Thread) -> dict[str, Any]:
-    return thread.as_json(server.conversation.active_run_id(user, thread.id))
+def _thread(server: ChatState, user: str, thread: Thread) -> dict[str, Any]:
+    return thread.to_dict(server.conversation.active_run_id(user, thread.id))
 
 
 @threads_blueprint.get("/threads")
@@ -119,7 +119,7 @@ def _moment(text: str) -> datetime:
 
 @threads_blueprint.post("/threads")
 @document_request(NewThread)
-@document_response(ThreadDocument, 201)
+@document_response(ThreadSchema, 201)
 @documents_errors(400, 409, 413)
 async def create_thread() -> Response:
     """Create a thread."""
@@ -133,7 +133,7 @@ async def create_thread() -> Response:
 
 
 @threads_blueprint.get("/threads/<chat_id:thread_id>")
-@document_response(ThreadDocument)
+@document_response(ThreadSchema)
 @documents_errors(404)
 async def get_thread(thread_id: str) -> Response:
     """One thread."""
@@ -143,7 +143,7 @@ async def get_thread(thread_id: str) -> Response:
 
 @threads_blueprint.patch("/threads/<chat_id:thread_id>")
 @document_request(ThreadChanges)
-@document_response(ThreadDocument)
+@document_response(ThreadSchema)
 @documents_errors(400, 404, 413)
 async def change_thread(thread_id: str) -> Response:
     """Change a thread's title or metadata."""
@@ -188,7 +188,7 @@ async def list_messages(thread_id: str) -> Response:
 
 
 async def _message_page(
-    server: ChatServer,
+    server: ChatState,
     user: str,
     thread_id: str,
     messages: Any,
@@ -204,7 +204,7 @@ async def _message_page(
             newest = Window(limit=1, order="desc", branch=query.branch)
             leaf = (await server.conversation.storage.messages(user, thread_id, newest))[0].id
         following = _cursor([page[-1].position, leaf])
-    return {"messages": [message.as_json() for message in page], "next": following}
+    return {"messages": [message.to_dict() for message in page], "next": following}
 
 
 @threads_blueprint.post("/threads/<chat_id:thread_id>/stop")

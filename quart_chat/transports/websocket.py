@@ -11,7 +11,6 @@ from typing import Any
 
 from quart import Blueprint, Websocket, websocket
 
-from ..core.calls import Approval, ClientResult
 from ..core.commands import (
     Approve,
     Auth,
@@ -26,7 +25,8 @@ from ..core.commands import (
 from ..core.conversation import Queued
 from ..core.messages import User
 from ..core.ports import RunRecord
-from ..core.runs import STOPPED_BY_USER, Following
+from ..core.runs import STOPPED_BY_USER, Subscription
+from ..core.tool_executor import ApprovalReply, ClientResult
 from ..errors import (
     ChatError,
     ForbiddenOrigin,
@@ -35,7 +35,7 @@ from ..errors import (
     NothingToResume,
     NotRunning,
 )
-from .asgi import Disconnected, Serve, Wire, keeper
+from .asgi import Disconnected, Serve, Socket, hand_off
 from .codec import (
     CLOSE_FACTOR,
     Frame,
@@ -49,22 +49,22 @@ from .codec import (
     to_msgpack,
 )
 from .guard import TooManyConnections
-from .server import ChatServer, HasServer, as_chat_error, current_server
+from .state import ChatState, HasChatState, as_chat_error, current_state
 
 websocket_blueprint = Blueprint("quart_chat_websocket", __name__)
 
-Reply = Callable[[dict[str, Any]], Awaitable[None]]
+SendReply = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 @websocket_blueprint.websocket("")
 async def chat_socket() -> None:
     """The chat over a WebSocket."""
-    server = current_server()
+    server = current_state()
     socket = websocket._get_current_object()  # type: ignore[attr-defined]
     serve = await _admitted(server, socket)
     if serve is None:
         return
-    if (keep := keeper(socket)) is not None:
+    if (keep := hand_off(socket)) is not None:
         keep(serve)
     else:
         await serve(socket)
@@ -73,7 +73,7 @@ async def chat_socket() -> None:
 class ChatWebSocketRunner:
     """Serves the chat on any route: ``await ChatWebSocketRunner(chat).run(websocket)``."""
 
-    def __init__(self, chat: HasServer) -> None:
+    def __init__(self, chat: HasChatState) -> None:
         self._server = chat.server
 
     async def run(self, websocket: Any) -> None:
@@ -88,7 +88,7 @@ class ChatWebSocketRunner:
             await serve(socket)
 
 
-async def _admitted(server: ChatServer, socket: Websocket) -> Serve | None:
+async def _admitted(server: ChatState, socket: Websocket) -> Serve | None:
     """Accept a socket and find its user; who may not come in is told why."""
     await socket.accept()
     try:
@@ -104,7 +104,7 @@ async def _admitted(server: ChatServer, socket: Websocket) -> Serve | None:
     return None
 
 
-async def _serve(server: ChatServer, user: User, wire: Wire) -> None:
+async def _serve(server: ChatState, user: User, wire: Socket) -> None:
     try:
         place = server.guard.take_place(user.id)
     except TooManyConnections:
@@ -139,7 +139,7 @@ class _Connection:
         "_wire",
     )
 
-    def __init__(self, server: ChatServer, wire: Wire, user: User) -> None:
+    def __init__(self, server: ChatState, wire: Socket, user: User) -> None:
         self._server = server
         self._chat = server.conversation
         self._wire = wire
@@ -174,9 +174,9 @@ class _Connection:
             self._expiry.cancel()
         for task in self._tasks:
             task.cancel()
-        if (presence := self._chat.presence) is not None:
+        if (expiry := self._chat.expiry) is not None:
             for thread_id in self._threads:
-                presence.leave(self._user.id, thread_id)
+                expiry.leave(self._user.id, thread_id)
 
     def _close(self, code: int, reason: str) -> None:
         if self._closing is None and self._task is not None:
@@ -225,7 +225,7 @@ class _Connection:
             if isinstance(known, NotAuthenticated):
                 self._closing = (1008, known.close_reason)
 
-    async def _command(self, command: Any, text: bool, reply: Reply) -> None:
+    async def _command(self, command: Any, text: bool, reply: SendReply) -> None:
         user = self._user.id
         match command:
             case Ping():
@@ -247,12 +247,12 @@ class _Connection:
                 result = ClientResult(command.content, command.is_error)
                 self._chat.answer_call(user, command.run_id, command.tool_call_id, result)
             case Approve():
-                approval = Approval(command.approved, command.reason)
+                approval = ApprovalReply(command.approved, command.reason)
                 self._chat.answer_call(user, command.run_id, command.tool_call_id, approval)
             case Auth():
                 await self._authenticate(command.token, reply)
 
-    async def _authenticate(self, token: str, reply: Reply) -> None:
+    async def _authenticate(self, token: str, reply: SendReply) -> None:
         user = await self._server.guard.verify(token)
         if user.id != self._user.id:
             raise NotAuthenticated("The token belongs to another user.")
@@ -261,9 +261,9 @@ class _Connection:
         await reply({"type": "authenticated", "expires_at": user.expires_at})
 
     async def _take(
-        self, sent: Following | Queued, reply_to: str | None, text: bool, reply: Reply
+        self, sent: Subscription | Queued, reply_to: str | None, text: bool, reply: SendReply
     ) -> None:
-        if isinstance(sent, Following):
+        if isinstance(sent, Subscription):
             self._follow(sent, text)
             return
         queued = {"type": "queued", "thread_id": sent.thread_id, "position": sent.position}
@@ -272,7 +272,7 @@ class _Connection:
         self._spawn(self._await_turn(sent, reply_to, text, reply))
 
     async def _await_turn(
-        self, queued: Queued, reply_to: str | None, text: bool, reply: Reply
+        self, queued: Queued, reply_to: str | None, text: bool, reply: SendReply
     ) -> None:
         more = {"thread_id": queued.thread_id, "reply_to": reply_to}
         try:
@@ -298,7 +298,7 @@ class _Connection:
             raise NothingToResume(error.message) from None
         self._follow(following, text)
 
-    async def _stop(self, command: Stop, reply: Reply) -> None:
+    async def _stop(self, command: Stop, reply: SendReply) -> None:
         user = self._user.id
         if command.thread_id is not None or command.run_id is not None:
             targets = [(command.thread_id, command.run_id)]
@@ -313,7 +313,7 @@ class _Connection:
             if record.id not in follows:
                 await reply(event_of(record, seq, event))
 
-    def _follow(self, following: Following, text: bool) -> None:
+    def _follow(self, following: Subscription, text: bool) -> None:
         """Follow a run in a task of its own, after the thread's run before it has ended here."""
         record = following.record
         self._expect(record.thread_id)
@@ -329,7 +329,7 @@ class _Connection:
         self._last_of_thread[record.thread_id] = task
 
     async def _deliver(
-        self, following: Following, text: bool, before: asyncio.Task[None] | None
+        self, following: Subscription, text: bool, before: asyncio.Task[None] | None
     ) -> None:
         record, send = following.record, self._wire.send
         make = json_events if text else msgpack_events
@@ -353,11 +353,11 @@ class _Connection:
                 del self._last_of_thread[record.thread_id]
 
     def _expect(self, thread_id: str | None) -> None:
-        presence = self._chat.presence
-        if presence is None or thread_id is None or thread_id in self._threads:
+        expiry = self._chat.expiry
+        if expiry is None or thread_id is None or thread_id in self._threads:
             return
         self._threads.add(thread_id)
-        presence.arrive(self._user.id, thread_id)
+        expiry.arrive(self._user.id, thread_id)
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.ensure_future(work)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgpack
 
-from ...core.events import EVENT_TYPES, Content, Numbered, Reasoning, as_fields
+from ...core.events import EVENT_TYPES, ContentDelta, Numbered, Reasoning, event_fields
 
 BATCH_CHARS = 256 * 1024
 
@@ -26,7 +26,7 @@ def encode(numbered: Iterable[Numbered]) -> list[tuple[int, bytes]]:
             rows.append((last, msgpack.packb(_joined(entries))))
             entries, chars = [], 0
         last = seq
-        if isinstance(event, Content | Reasoning):
+        if isinstance(event, ContentDelta | Reasoning):
             chars += len(event.content)
             newest = entries[-1] if entries else None
             if newest is not None and newest[0] == event.type and newest[1] == seq - len(newest[2]):
@@ -34,7 +34,7 @@ def encode(numbered: Iterable[Numbered]) -> list[tuple[int, bytes]]:
             else:
                 entries.append([event.type, seq, [event.content]])
         else:
-            entries.append([event.type, seq, as_fields(event, for_log=True)])
+            entries.append([event.type, seq, event_fields(event, for_log=True)])
     if entries:
         rows.append((last, msgpack.packb(_joined(entries))))
     return rows

@@ -16,7 +16,7 @@ from ...core.tail import Tail
 from ...errors import NothingToResume, StorageUnavailable
 from .batches import decode, encode
 from .connection import Database, inside
-from .ownership import SIGN_SECONDS, claim_name, is_dead, release_name
+from .ownership import HEARTBEAT_SECONDS, claim_name, is_dead, release_name
 from .rows import micros
 
 logger = logging.getLogger("quart_chat.event_log")
@@ -141,7 +141,7 @@ class DatabaseEventLog:
 
     async def _write_for_ever(self) -> None:
         while not self._closing or (self._dirty and not self._failures):
-            await _wait(self._work, SIGN_SECONDS if self._live else None)
+            await _wait(self._work, HEARTBEAT_SECONDS if self._live else None)
             if self._dirty:
                 await _wait(self._hurry, self._pause())
             self._work.clear()
@@ -163,7 +163,7 @@ class DatabaseEventLog:
                 _settle(waiting, None)
 
     def _pause(self) -> float:
-        return min(FLUSH_SECONDS * 2.0 ** min(self._failures, 10), SIGN_SECONDS)
+        return min(FLUSH_SECONDS * 2.0 ** min(self._failures, 10), HEARTBEAT_SECONDS)
 
     async def _write(self) -> None:
         """Write what all runs have said since the last time, in one transaction."""
@@ -172,7 +172,7 @@ class DatabaseEventLog:
         for live in taken:
             live.dirty = False
         try:
-            if batches or time.monotonic() - self._signed_at > SIGN_SECONDS:
+            if batches or time.monotonic() - self._signed_at > HEARTBEAT_SECONDS:
                 await self._insert(batches)
         except BaseException:
             for live in taken:
@@ -217,7 +217,7 @@ class DatabaseEventLog:
                 await self._database.execute_many(
                     "UPDATE chat_runs SET ended_at = ?, last_seq = ? WHERE id = ?", ends
                 )
-            if time.monotonic() - self._signed_at > SIGN_SECONDS:
+            if time.monotonic() - self._signed_at > HEARTBEAT_SECONDS:
                 await self._database.execute(
                     "UPDATE chat_runs SET seen_at = ? WHERE owner = ? AND ended_at IS NULL",
                     moment,
@@ -320,7 +320,7 @@ class DatabaseEventLog:
         return rows[0]["last"] or 0
 
     @inside
-    async def abandoned(self) -> Sequence[RunRecord]:
+    async def claim_abandoned(self) -> Sequence[RunRecord]:
         rows = await self._database.fetch(
             "SELECT * FROM chat_runs WHERE ended_at IS NULL AND owner <> ?", self._owner
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 SILENCE_SECONDS = 30
 """A process of another machine that gave no sign for so long is taken for dead."""
 
-SIGN_SECONDS = 5
+HEARTBEAT_SECONDS = 5
 """How often a process that has runs gives a sign."""
 
 _living: set[str] = set()

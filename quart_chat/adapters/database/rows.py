@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from ...core.messages import Content, Message, Thread, ToolCall
+from ...core.messages import Message, MessageContent, Thread, ToolCall
 from .connection import Database
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -72,7 +72,7 @@ def message_of(row: Mapping[str, Any]) -> Message:
     )
 
 
-def _content(row: Mapping[str, Any]) -> Content:
+def _content(row: Mapping[str, Any]) -> MessageContent:
     parts: list[dict[str, Any]] | None = _load(row["parts"])
     return str(row["text"]) if parts is None else parts
 

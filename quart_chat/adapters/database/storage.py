@@ -31,7 +31,7 @@ INSERT_MESSAGE = (
 )
 
 
-Place = tuple[int, int, str]
+BranchPosition = tuple[int, int, str]
 """Where a message stands: its branch, its position, and its branch's lineage as JSON."""
 
 
@@ -124,7 +124,7 @@ class DatabaseStorage:
             thread = await self._touch(user, thread_id, moment, create)
             count, preview = thread["message_count"], thread["preview"]
             newest_id = thread["newest_id"]
-            place: Place = (thread["newest_branch"], count, thread["newest_lineage"])
+            place: BranchPosition = (thread["newest_branch"], count, thread["newest_lineage"])
             stored: list[Message] = []
             for message in messages:
                 parent_id = message.parent_id
@@ -185,7 +185,7 @@ class DatabaseStorage:
         thread_id: str,
         parent_id: str | None,
         newest_id: str | None,
-        newest: Place,
+        newest: BranchPosition,
         position: int,
     ) -> tuple[int, str]:
         """The branch and lineage of a message that continues from its parent."""
@@ -206,7 +206,7 @@ class DatabaseStorage:
             return branch, lineage
         return position, dump([*json.loads(lineage), [branch, parent_position]])
 
-    async def _place(self, user: str, thread_id: str, message_id: str) -> Place:
+    async def _place(self, user: str, thread_id: str, message_id: str) -> BranchPosition:
         rows = await self._database.fetch(
             "SELECT branch, position, lineage FROM chat_messages "
             "WHERE user_id = ? AND thread_id = ? AND id = ?",
@@ -218,7 +218,7 @@ class DatabaseStorage:
         return row["branch"], row["position"], row["lineage"]
 
     async def _insert(self, user: str, message: Message, branch: int, lineage: str) -> bool:
-        calls = [call.as_json() for call in message.tool_calls]
+        calls = [call.to_dict() for call in message.tool_calls]
         rows = await self._database.fetch(
             INSERT_MESSAGE,
             user,

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from ..core.events import Event, Numbered
-from ..core.messages import Message, Thread, now, text_of, title_from
-from ..core.ports import RunRecord, Window
-from ..core.tail import Tail
-from ..errors import IdConflict, NotFound, NothingToResume
+from ...core.messages import Message, Thread, now, text_of, title_from
+from ...core.ports import Window
+from ...errors import IdConflict, NotFound
 
 MAX_MESSAGES = 100_000
 """Messages of all users together; beyond it the threads that were quiet for longest go."""
 
-MAX_LOG_CHARS = 64 * 1024 * 1024
-"""Text of all event logs together; beyond it the logs that ended first go."""
-
-MAX_EXPIRED = 100_000
-"""Runs that are still known after their events have gone."""
-
-Key = tuple[str, str]
+ThreadKey = tuple[str, str]
 
 
 def search_words(query: str) -> list[str]:
@@ -49,7 +40,7 @@ class MemoryStorage:
     """Threads and messages of this process; also their archive."""
 
     def __init__(self, max_messages: int = MAX_MESSAGES) -> None:
-        self._kept: OrderedDict[Key, _Kept] = OrderedDict()
+        self._kept: OrderedDict[ThreadKey, _Kept] = OrderedDict()
         self._max_messages = max_messages
         self._count = 0
 
@@ -156,9 +147,9 @@ class MemoryStorage:
     async def export(self, user: str) -> AsyncGenerator[dict[str, Any], None]:
         for (owner, _), kept in list(self._kept.items()):
             if owner == user:
-                yield {"type": "thread", **kept.thread.as_json(None)}
+                yield {"type": "thread", **kept.thread.to_dict(None)}
                 for message in list(kept.messages.values()):
-                    yield {"type": "message", **message.as_json()}
+                    yield {"type": "message", **message.to_dict()}
 
     async def erase(self, user: str) -> int:
         mine = [key for key in self._kept if key[0] == user]
@@ -177,7 +168,7 @@ class MemoryStorage:
             raise NotFound("There is no such thread.")
         return kept
 
-    def _evict(self, newest: Key) -> None:
+    def _evict(self, newest: ThreadKey) -> None:
         self._kept.move_to_end(newest)
         while self._count + len(self._kept) > self._max_messages and len(self._kept) > 1:
             _, gone = self._kept.popitem(last=False)
@@ -197,107 +188,3 @@ def _path(kept: _Kept, leaf: str | None) -> list[Message]:
         message = kept.messages.get(message.parent_id or "")
     path.reverse()
     return path
-
-
-@dataclass
-class _Log:
-    record: RunRecord
-    tail: Tail = field(default_factory=Tail)
-    ended_at: float = 0.0
-
-
-class MemoryEventLog:
-    """The events of runs of this process, kept for ``retention`` seconds after their end."""
-
-    durable = False
-
-    def __init__(self, retention: float, max_chars: int = MAX_LOG_CHARS) -> None:
-        self._retention = retention
-        self._max_chars = max_chars
-        self._logs: dict[str, _Log] = {}
-        self._expired: OrderedDict[str, RunRecord] = OrderedDict()
-        self._ended: OrderedDict[str, _Log] = OrderedDict()
-        self._chars = 0
-
-    async def open(self, run: RunRecord, first: Sequence[Event] = ()) -> None:
-        self._logs[run.id] = _Log(run)
-        self.append(run.id, first)
-
-    def append(self, run_id: str, events: Sequence[Event]) -> int:
-        log = self._logs[run_id]
-        before = log.tail.size
-        seq = log.tail.append(events)
-        self._chars += log.tail.size - before
-        if log.tail.ended:
-            log.ended_at = time.monotonic()
-            self._ended[run_id] = log
-        while self._chars > self._max_chars and self._ended:
-            self._drop(next(iter(self._ended)))
-        return seq
-
-    async def flush(self, run_id: str) -> None:
-        """Nothing in memory is durable."""
-
-    async def follow(
-        self, run_id: str, after: int, *, wait: bool = True
-    ) -> AsyncGenerator[Sequence[Numbered], None]:
-        if (log := self._logs.get(run_id)) is None:
-            raise NothingToResume("The events of this run are not kept any more.")
-        tail = log.tail
-        while True:
-            if after < tail.last:
-                page = tail.after(after)
-                after = page[-1][0]
-                yield page
-            elif tail.ended or not wait:
-                return
-            else:
-                await tail.more(after)
-
-    async def find(
-        self, user: str, *, run_id: str | None = None, thread_id: str | None = None
-    ) -> RunRecord | None:
-        if run_id is not None:
-            found = [self._record(run_id)]
-        else:
-            found = [self._record(each) for each in [*self._expired, *self._logs]]
-        mine = [
-            record
-            for record in found
-            if record is not None
-            and record.user == user
-            and (thread_id is None or record.thread_id == thread_id)
-        ]
-        return mine[-1] if mine else None
-
-    def _record(self, run_id: str) -> RunRecord | None:
-        if (log := self._logs.get(run_id)) is None:
-            return self._expired.get(run_id)
-        return replace(log.record, ended=log.tail.ended, last_seq=log.tail.last)
-
-    async def abandoned(self) -> Sequence[RunRecord]:
-        return []
-
-    async def forget(self, user: str, thread_id: str) -> None:
-        for run_id in [*self._expired, *self._logs]:
-            record = self._record(run_id)
-            if record is not None and (record.user, record.thread_id) == (user, thread_id):
-                self._drop(run_id)
-                self._expired.pop(run_id, None)
-
-    async def expire(self) -> int:
-        count, before = 0, time.monotonic() - self._retention
-        while self._ended and next(iter(self._ended.values())).ended_at < before:
-            self._drop(next(iter(self._ended)))
-            count += 1
-        return count
-
-    def _drop(self, run_id: str) -> None:
-        record = self._record(run_id)
-        self._ended.pop(run_id, None)
-        if (log := self._logs.pop(run_id, None)) is not None and record is not None:
-            self._chars -= log.tail.size
-            log.tail.close()
-            self._expired[run_id] = record
-            if len(self._expired) > MAX_EXPIRED:
-                self._expired.popitem(last=False)

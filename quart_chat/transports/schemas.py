@@ -56,7 +56,7 @@ class Feedback(_Document):
     comment: Annotated[str, StringConstraints(max_length=4000)] | None = None
 
 
-class ThreadDocument(_Document):
+class ThreadSchema(_Document):
     id: str
     title: str | None
     created_at: str
@@ -67,7 +67,7 @@ class ThreadDocument(_Document):
 
 
 class ThreadPage(_Document):
-    threads: list[ThreadDocument]
+    threads: list[ThreadSchema]
     next: str | None
 
 
@@ -84,7 +84,7 @@ class UsageDocument(_Document):
     estimated: bool
 
 
-class MessageDocument(_Document):
+class MessageSchema(_Document):
     id: str
     thread_id: str
     parent_id: str | None
@@ -105,7 +105,7 @@ class MessageDocument(_Document):
 
 
 class MessagePage(_Document):
-    messages: list[MessageDocument]
+    messages: list[MessageSchema]
     next: str | None
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .events import Event, ToolCalled, ToolProgress, ToolReturned
-from .limits import Limits
 from .messages import ToolCall
+from .policy import Policy
 from .ports import RunRecord
 from .tools import Tool, ToolContext, ToolError, as_result, function_schema
 
@@ -22,7 +22,7 @@ APPROVED = "Approved."
 
 
 @dataclass(frozen=True, slots=True)
-class Approval:
+class ApprovalReply:
     """A person's answer to a call that needs one."""
 
     approved: bool
@@ -37,7 +37,7 @@ class ClientResult:
     is_error: bool = False
 
 
-Reply = Approval | ClientResult
+CallReply = ApprovalReply | ClientResult
 
 
 class Toolbox:
@@ -72,21 +72,21 @@ class Toolbox:
         return "approval" if tool is not None and tool.asks_first(call.arguments) else None
 
 
-class Calls:
+class ToolExecutor:
     """Runs the calls of one round and appends what happens."""
 
     def __init__(
         self,
         record: RunRecord,
         toolbox: Toolbox,
-        limits: Limits,
+        policy: Policy,
         append: Callable[[Sequence[Event]], None],
     ) -> None:
         self._record = record
         self._toolbox = toolbox
-        self._limits = limits
+        self._policy = policy
         self._append = append
-        self._awaited: dict[str, tuple[type[Reply], asyncio.Future[Reply]]] = {}
+        self._awaited: dict[str, tuple[type[CallReply], asyncio.Future[CallReply]]] = {}
         self._unfinished: dict[str, str | None] = {}
 
     @property
@@ -94,7 +94,7 @@ class Calls:
         """Whether nothing but approvals is left to wait for."""
         return bool(self._unfinished) and set(self._unfinished.values()) == {"approval"}
 
-    def answer(self, call_id: str, reply: Reply) -> bool:
+    def answer(self, call_id: str, reply: CallReply) -> bool:
         """Hand in an approval or a client's result; False where none of that kind is awaited."""
         kind, future = self._awaited.get(call_id, (None, None))
         if future is None or future.done() or not isinstance(reply, kind or ()):
@@ -103,13 +103,13 @@ class Calls:
         return True
 
     def announce(
-        self, calls: Sequence[ToolCall], complaints: Mapping[str, str], usage: dict[str, Any]
+        self, calls: Sequence[ToolCall], argument_errors: Mapping[str, str], usage: dict[str, Any]
     ) -> list[ToolCalled]:
         """Say what the model asked for, before any of it runs, and log what asking has cost."""
         announced: list[ToolCalled] = []
         for call in calls:
             needs = None
-            if call.id not in complaints:
+            if call.id not in argument_errors:
                 try:
                     needs = self._toolbox.needs(call)
                 except Exception:
@@ -120,12 +120,14 @@ class Calls:
         self._append(announced)
         return announced
 
-    async def run(self, announced: Sequence[ToolCalled], complaints: Mapping[str, str]) -> None:
+    async def run(
+        self, announced: Sequence[ToolCalled], argument_errors: Mapping[str, str]
+    ) -> None:
         """Have every call answered: at once where they can be, in their order."""
         self._unfinished = {called.tool_call_id: called.needs for called in announced}
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(self._result(called, complaints.get(called.tool_call_id)))
+                group.create_task(self._result(called, argument_errors.get(called.tool_call_id)))
                 for called in announced
             ]
             for number, task in enumerate(tasks):
@@ -135,9 +137,9 @@ class Calls:
                     self._append([t.result() for t in tasks[number:] if _succeeded(t)])
                     raise
 
-    async def _result(self, called: ToolCalled, complaint: str | None) -> ToolReturned:
+    async def _result(self, called: ToolCalled, argument_error: str | None) -> ToolReturned:
         try:
-            value, is_error = await self._try(called, complaint)
+            value, is_error = await self._try(called, argument_error)
             content = as_result(value)
         except ToolError as error:
             content, is_error = as_result(str(error)), True
@@ -153,9 +155,9 @@ class Calls:
             self._unfinished.pop(called.tool_call_id, None)
         return ToolReturned(called.tool_call_id, called.name, content, is_error)
 
-    async def _try(self, called: ToolCalled, complaint: str | None) -> tuple[Any, bool]:
-        if complaint is not None:
-            return complaint, True
+    async def _try(self, called: ToolCalled, argument_error: str | None) -> tuple[Any, bool]:
+        if argument_error is not None:
+            return argument_error, True
         if called.needs == "client":
             return await self._at_client(called)
         tool = self._toolbox.get(called.name)
@@ -164,37 +166,37 @@ class Calls:
         if called.needs == "approval" and (refusal := await self._refused(called)) is not None:
             return refusal, True
         try:
-            async with asyncio.timeout(self._limits.tool_timeout) as bound:
+            async with asyncio.timeout(self._policy.tool_timeout) as bound:
                 return await tool.invoke(self._context(called), called.arguments), False
         except TimeoutError:
             if not bound.expired():
                 raise
-            return f"The tool took over {self._limits.tool_timeout:g} s and was stopped.", True
+            return f"The tool took over {self._policy.tool_timeout:g} s and was stopped.", True
 
     async def _at_client(self, called: ToolCalled) -> tuple[str, bool]:
         try:
-            reply = await self._reply(called, ClientResult, self._limits.tool_timeout)
+            reply = await self._reply(called, ClientResult, self._policy.tool_timeout)
         except TimeoutError:
-            return f"The client gave no result in {self._limits.tool_timeout:g} s.", True
+            return f"The client gave no result in {self._policy.tool_timeout:g} s.", True
         assert isinstance(reply, ClientResult)
         return reply.content, reply.is_error
 
     async def _refused(self, called: ToolCalled) -> str | None:
         try:
-            reply = await self._reply(called, Approval, self._limits.approval_timeout)
+            reply = await self._reply(called, ApprovalReply, self._policy.approval_timeout)
         except TimeoutError:
             return "Nobody approved the call in time; it was not made."
         finally:
             self._unfinished[called.tool_call_id] = None
-        assert isinstance(reply, Approval)
+        assert isinstance(reply, ApprovalReply)
         if reply.approved:
             # Told, so that after a crash nobody is asked again for what may have been done.
             self._append([ToolProgress(called.tool_call_id, called.name, APPROVED)])
             return None
         return "The user refused the call." + (f" Reason: {reply.reason}" if reply.reason else "")
 
-    async def _reply(self, called: ToolCalled, kind: type[Reply], seconds: float) -> Reply:
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+    async def _reply(self, called: ToolCalled, kind: type[CallReply], seconds: float) -> CallReply:
+        future: asyncio.Future[CallReply] = asyncio.get_running_loop().create_future()
         self._awaited[called.tool_call_id] = (kind, future)
         try:
             async with asyncio.timeout(seconds):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .events import (
-    Content,
+    ContentDelta,
     End,
     Event,
     MessageStored,
@@ -33,7 +33,7 @@ from .ports import EventLog, RunRecord
 
 
 @dataclass
-class Draft:
+class RunState:
     """Text, reasoning and calls that are in no stored message yet."""
 
     seq: int = 0
@@ -53,7 +53,7 @@ class Draft:
         """Add what an event says."""
         self.seq = seq
         match event:
-            case Content(text):
+            case ContentDelta(text):
                 self.texts.append(text)
             case Reasoning(text):
                 self.reasonings.append(text)
@@ -90,22 +90,22 @@ class Draft:
         return [call for call in self.missing if call.needs and call.tool_call_id not in self.begun]
 
 
-async def fold(log: EventLog, run_id: str, after: int) -> Draft:
+async def replay(log: EventLog, run_id: str, after: int) -> RunState:
     """Read what follows event ``after`` without waiting for more."""
-    draft = Draft(seq=after)
+    state = RunState(seq=after)
     async for page in log.follow(run_id, after, wait=False):
         for seq, event in page:
-            draft.take(seq, event)
-    return draft
+            state.take(seq, event)
+    return state
 
 
-def unfinished(calls: Iterable[ToolCalled]) -> list[ToolReturned]:
+def missing_results(calls: Iterable[ToolCalled]) -> list[ToolReturned]:
     """What stands in for the results of calls that the run's end cut off."""
     return [ToolReturned(call.tool_call_id, call.name, NOT_FINISHED, True) for call in calls]
 
 
-def tool_unit(
-    draft: Draft, record: RunRecord, parent_id: str, told: Mapping[str, Any]
+def tool_messages(
+    state: RunState, record: RunRecord, parent_id: str, told: Mapping[str, Any]
 ) -> list[Message]:
     """The assistant's message with its calls and a message for every result, to be stored as one.
 
@@ -116,11 +116,11 @@ def tool_unit(
             id=derived_id(record.id, parent_id, "calls"),
             thread_id=record.thread_id,
             role="assistant",
-            content="".join(draft.texts),
-            reasoning="".join(draft.reasonings) or None,
+            content="".join(state.texts),
+            reasoning="".join(state.reasonings) or None,
             tool_calls=tuple(
                 ToolCall(call.tool_call_id, call.name, call.arguments)
-                for call in draft.calls.values()
+                for call in state.calls.values()
             ),
             parent_id=parent_id,
             run_id=record.id,
@@ -128,7 +128,7 @@ def tool_unit(
         )
     ]
     for call in messages[0].tool_calls:
-        result = draft.results.get(call.id)
+        result = state.results.get(call.id)
         messages.append(
             tool_message(
                 call,
@@ -143,15 +143,15 @@ def tool_unit(
 
 
 def final_answer(
-    draft: Draft, record: RunRecord, parent_id: str, told: Mapping[str, Any]
+    state: RunState, record: RunRecord, parent_id: str, told: Mapping[str, Any]
 ) -> Message:
     """The message that ends the run, with the id that ``start`` has named."""
     return Message(
         id=record.message_id,
         thread_id=record.thread_id,
         role="assistant",
-        content="".join(draft.texts),
-        reasoning="".join(draft.reasonings) or None,
+        content="".join(state.texts),
+        reasoning="".join(state.reasonings) or None,
         parent_id=parent_id,
         run_id=record.id,
         **told,

@@ -21,7 +21,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ..config import Settings
 from ..core.conversation import Conversation
-from ..core.ports import Archive
+from ..core.ports import UserData
 from ..errors import ChatError, InternalError, InvalidMessage, NotAuthenticated, NotFound, TooLarge
 from .guard import SECURITY_HEADERS, Guard
 
@@ -39,18 +39,18 @@ connection closes does not see why."""
 
 
 @dataclass
-class ChatServer:
+class ChatState:
     """The chat of one application, between its start and its end."""
 
     settings: Settings
     conversation: Conversation
     guard: Guard
-    archive: Archive
+    user_data: UserData
     closers: set[Callable[[], None]] = field(default_factory=set)
     deliveries: dict[asyncio.Future[None], str] = field(default_factory=dict)
 
     @property
-    def server(self) -> ChatServer:
+    def server(self) -> ChatState:
         return self
 
     def close_connections(self) -> int:
@@ -71,31 +71,31 @@ class ChatServer:
             await asyncio.sleep(0.01)
 
 
-class HasServer(Protocol):
+class HasChatState(Protocol):
     """A ``QuartChat``, or the ``ChatServer`` of an application."""
 
     @property
-    def server(self) -> ChatServer: ...
+    def server(self) -> ChatState: ...
 
 
-def current_server() -> ChatServer:
+def current_state() -> ChatState:
     """The chat of the application that handles this request.
 
     Raises:
         RuntimeError: The application has no ``QuartChat``, or does not serve yet.
     """
     found = current_app.extensions.get(EXTENSION)
-    server: ChatServer | None = found.server if found is not None else None
+    server: ChatState | None = found.server if found is not None else None
     if server is None:
         raise RuntimeError("Register QuartChat with this app before its blueprints are used.")
     return server
 
 
-async def body_of(asking: Request, settings: Settings) -> bytes:
+async def body_of(connection: Request, settings: Settings) -> bytes:
     """A request's body, within the bound of a message. Raises TooLarge."""
     bound = settings.max_message_bytes
     body, length = bytearray(), 0
-    async for piece in asking.body:
+    async for piece in connection.body:
         length += len(piece)
         if length <= bound:
             body += piece
@@ -108,7 +108,7 @@ async def body_of(asking: Request, settings: Settings) -> bytes:
 
 def error_response(error: ChatError) -> Response:
     """The error as JSON, with the status and headers that go with it."""
-    body = error.as_json()
+    body = error.to_dict()
     retry_after = body.pop("retry_after", None)
     response: Response = jsonify({"error": body})
     response.status_code = error.status
@@ -152,7 +152,7 @@ def guarded(blueprint: Blueprint) -> None:
 
     @blueprint.before_request
     async def check() -> Response | None:
-        server = current_server()
+        server = current_state()
         if request.method == "OPTIONS":
             return Response("", 204)
         server.guard.check_origin(request)
@@ -160,7 +160,7 @@ def guarded(blueprint: Blueprint) -> None:
 
     @blueprint.after_request
     async def finish(response: Response) -> Response:
-        current_server().guard.cors(request, response)
+        current_state().guard.cors(request, response)
         return secured(response)
 
     @blueprint.errorhandler(Exception)

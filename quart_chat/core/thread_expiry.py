@@ -6,17 +6,17 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-Key = tuple[str, str]
+ThreadKey = tuple[str, str]
 
 
-class Presence:
+class ThreadExpiry:
     """Counts connections; calls ``forget`` some seconds (``window``) after a thread's last one."""
 
     def __init__(self, window: float, forget: Callable[[str, str], Awaitable[bool]]) -> None:
         self._window = window
         self._forget = forget
-        self._connections: Counter[Key] = Counter()
-        self._timers: dict[Key, asyncio.TimerHandle] = {}
+        self._connections: Counter[ThreadKey] = Counter()
+        self._timers: dict[ThreadKey, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def arrive(self, user: str, thread_id: str) -> None:
@@ -42,17 +42,17 @@ class Presence:
         for task in self._tasks:
             task.cancel()
 
-    def _later(self, key: Key) -> None:
+    def _later(self, key: ThreadKey) -> None:
         loop = asyncio.get_running_loop()
         self._timers[key] = loop.call_later(self._window, self._expire, key)
 
-    def _expire(self, key: Key) -> None:
+    def _expire(self, key: ThreadKey) -> None:
         self._timers.pop(key, None)
         task = asyncio.ensure_future(self._forget_unless_used(key))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _forget_unless_used(self, key: Key) -> None:
+    async def _forget_unless_used(self, key: ThreadKey) -> None:
         forgotten = await self._forget(*key)
         if not forgotten and key not in self._connections and key not in self._timers:
             self._later(key)

@@ -7,7 +7,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Policy:
     """Times are in seconds. A value of None is no bound."""
 
     system_prompt: str | None = None

@@ -13,7 +13,7 @@ from .rows import delete_thread, message_of, micros, moment, thread_of
 EXPORT_PAGE = 500
 
 
-class DatabaseArchive:
+class DatabaseUserData:
     """The archive of the tables that ``DatabaseStorage`` and ``DatabaseEventLog`` fill."""
 
     def __init__(self, database: Database) -> None:
@@ -77,9 +77,9 @@ class DatabaseArchive:
 
 def _exported(kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "thread":
-        return {"type": kind, **thread_of(row).as_json(None)}
+        return {"type": kind, **thread_of(row).to_dict(None)}
     if kind == "message":
-        return {"type": kind, **message_of(row).as_json()}
+        return {"type": kind, **message_of(row).to_dict()}
     ended = row["ended_at"]
     return {
         "type": kind,
