@@ -86,7 +86,7 @@ class Settings(BaseModel):
         "development", "`production` refuses to start with settings that are unsafe in public."
     )
     protocol: Literal["websocket", "sse", "both"] = _f(
-        "websocket", "What `create_app()` serves: the WebSocket, the SSE stream, or both."
+        "both", "What `create_app()` serves: the WebSocket, the SSE stream, or both."
     )
     auth: Literal["local", "remote"] = _f(
         "local", "`local`: everybody is user `1`. `remote`: Supabase access tokens."
@@ -115,13 +115,20 @@ class Settings(BaseModel):
     title_model: str | None = _f(None, "A model that makes titles of first messages.")
     system_prompt: str | None = _f(None, "Comes first in every request to a model.")
     history_messages: Count = _f(100, "The newest messages that a model gets.")
-    history_chars: Count | None = _f(None, "The newest characters that a model gets.")
+    history_chars: Count | None = _f(1_000_000, "The newest characters that a model gets.")
     max_tokens: Count | None = _f(None, "The largest `max_tokens` that a client may ask for.")
     tools: Strings = _f((), "Import paths of modules whose tools are registered.")
     mcp_servers: Annotated[dict[str, MCPServer], BeforeValidator(_json)] = _f(
         {}, "`{name: {command, args?, env?} or {url, headers?}, needs_approval?}`: tools by MCP."
     )
     max_tool_rounds: Count = _f(10, "Rounds of tool calls in one answer.")
+    max_tool_calls: Count = _f(
+        32, "Tool calls in one round; further ones get an error as their result."
+    )
+    max_tool_threads: Count = _f(64, "Threads of the process that plain tool functions may occupy.")
+    max_answer_chars: Count = _f(
+        4_000_000, "Characters of one answer (text, reasoning, arguments and results of tools)."
+    )
     tool_timeout: Seconds = _f(60.0, "Seconds for one tool call, on the server or at the client.")
     approval_timeout: Seconds = _f(3600.0, "Seconds until an unanswered approval is a refusal.")
     run_timeout: Seconds = _f(600.0, "Seconds for one answer, waiting for people not counted.")
@@ -150,6 +157,13 @@ class Settings(BaseModel):
     rate_limit: Annotated[str, Field(pattern=r"^[1-9]\d*/(second|minute|hour)$")] | None = _f(
         None, "Messages of one user, `N/second|minute|hour`; with remote auth 60/minute."
     )
+    request_rate_limit: Annotated[str, Field(pattern=r"^[1-9]\d*/(second|minute|hour)$")] | None = (
+        _f(
+            None,
+            "JSON calls and refused frames of one user, `N/second|minute|hour`; with remote auth "
+            "600/minute.",
+        )
+    )
     max_runs_per_user: Count | None = _f(None, "Answers at once; with remote auth 8.")
     max_connections_per_user: Count | None = _f(
         None, "Sockets and streams at once; with remote auth 32."
@@ -157,6 +171,12 @@ class Settings(BaseModel):
     max_connections: Count = _f(10_000, "Sockets and streams of all users at once.")
     handshake_timeout: Seconds = _f(10.0, "Seconds in which a token has to be verified.")
     drain_timeout: Seconds = _f(25.0, "Seconds that running answers get at shutdown.")
+    send_timeout: Annotated[float, Field(gt=0)] = _f(
+        30.0, "Seconds after which a client that takes nothing of what waits for it is dropped."
+    )
+    body_timeout: Annotated[float, Field(gt=0)] = _f(
+        60.0, "Seconds in which a request's head, and then its body, has to arrive."
+    )
     keepalive: Annotated[float, Field(gt=0)] = _f(
         15.0, "Seconds of silence after which an SSE stream sends a comment."
     )
@@ -183,6 +203,7 @@ DEFAULTS: dict[str, Any] = {
 
 REMOTE_DEFAULTS: dict[str, Any] = {
     "rate_limit": "60/minute",
+    "request_rate_limit": "600/minute",
     "max_runs_per_user": 8,
     "max_connections_per_user": 32,
 }

@@ -12,9 +12,12 @@ class Policy:
 
     system_prompt: str | None = None
     history_messages: int = 100
-    history_chars: int | None = None
+    history_chars: int | None = 1_000_000
     max_tokens: int | None = None
     max_tool_rounds: int = 10
+    max_tool_calls: int = 32
+    max_tool_threads: int = 64
+    max_answer_chars: int = 4_000_000
     tool_timeout: float = 60
     approval_timeout: float = 3600
     run_timeout: float = 600
