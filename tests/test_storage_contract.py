@@ -69,7 +69,7 @@ async def listed(kept: Stores, user: str, query: str | None = None, limit: int =
 
 
 async def exported(kept: Stores, user: str) -> list[dict[str, Any]]:
-    return [record async for record in kept.archive.export(user)]
+    return [record async for record in kept.user_data.export(user)]
 
 
 async def test_a_thread_is_created_once(kept: Stores, user: str) -> None:
@@ -650,17 +650,17 @@ async def test_erase_leaves_nothing_of_one_user(kept: Stores, user: str) -> None
     for n in range(3):
         await add(kept, user, f"m{n}", thread=f"t{n}")
     await add(kept, other, "m")
-    assert await kept.archive.erase(user) == 3
+    assert await kept.user_data.erase(user) == 3
     assert await exported(kept, user) == []
     assert await listed(kept, user, "text") == []
-    assert await kept.archive.erase(user) == 0
+    assert await kept.user_data.erase(user) == 0
     assert await ids(kept, other, ALL) == ["m"]
 
 
 async def test_erase_takes_runs_without_a_thread_along(kept: Stores, user: str) -> None:
     record = RunRecord(unique("run"), user, "gone", "u", "a")
     await kept.log.open(record)
-    await kept.archive.erase(user)
+    await kept.user_data.erase(user)
     assert await exported(kept, user) == []
     await kept.log.forget(user, "gone")
 
@@ -677,10 +677,10 @@ async def test_expire_takes_quiet_threads_a_bounded_number_at_a_time(
     await add(kept, user, "m", thread="old4")
     await add(kept, user, "m", thread="young")
     before = now() - timedelta(days=365)
-    assert await kept.archive.expire(old, 10) == 0
-    assert await kept.archive.expire(before, 3) == 3
-    assert await kept.archive.expire(before, 3) == 1
-    assert await kept.archive.expire(before, 3) == 0
+    assert await kept.user_data.expire(old, 10) == 0
+    assert await kept.user_data.expire(before, 3) == 3
+    assert await kept.user_data.expire(before, 3) == 1
+    assert await kept.user_data.expire(before, 3) == 0
     assert sorted(await listed(kept, user)) == ["old4", "young"]
 
 

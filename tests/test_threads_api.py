@@ -1025,7 +1025,7 @@ async def test_memory_serves_the_same_calls(serve: Serve) -> None:
 
 
 async def test_a_refused_request_leaves_a_connection_usable(server: Server) -> None:
-    async with client(server, limits=httpx.Policy(max_connections=1)) as http:
+    async with client(server, limits=httpx.Limits(max_connections=1)) as http:
         for _ in range(3):
             assert (await http.post("/chat/threads", content=b"{")).status_code == 400
             assert (await http.get("/chat/threads?limit=1")).status_code == 200
