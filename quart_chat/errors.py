@@ -20,10 +20,12 @@
     │   ├── NotRunning            not_running 409
     │   └── RateLimited           rate_limited, too_many_runs 429, retryable
     ├── ProviderError             the provider's: provider_*, context_too_long, content_filtered
-    ├── RunError                  the run's: tool_rounds_exceeded, run_timeout, interrupted
+    ├── RunError                  the run's: tool_rounds_exceeded, run_timeout, interrupted,
+    │                             answer_too_long
     └── ServerError               ours
         ├── StorageUnavailable    storage_unavailable 503, retryable
         ├── ServerDraining        server_draining 503, retryable
+        ├── UnreadableLog         internal_error 500: events of another version
         └── InternalError         internal_error 500, retryable, with a reference
     ConfigurationError            the deployment's: names the key; stops the start
 
@@ -60,6 +62,7 @@ __all__ = [
     "UnknownModel",
     "UnknownProvider",
     "UnknownTool",
+    "UnreadableLog",
     "UnsupportedField",
 ]
 
@@ -277,6 +280,12 @@ class ServerDraining(ServerError):
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message, retry_after=1)
+
+
+class UnreadableLog(ServerError):
+    """Events in the log that this version of the server cannot read."""
+
+    default_message = "This answer was written by another version of the server."
 
 
 class InternalError(ServerError):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import importlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, TypeVar
 
 from quart import Quart, current_app
@@ -16,13 +14,15 @@ from quart import Quart, current_app
 from . import adapters
 from .config import Settings, resolve
 from .core.conversation import Conversation
-from .core.messages import now
+from .core.housekeeping import Housekeeping
 from .core.models import ConfiguredProvider, ModelRegistry
+from .core.parts import Parts
 from .core.policy import Policy
-from .core.ports import Authenticator, EventLog, Provider, Storage, UserData
+from .core.ports import Authenticator, Provider, RunLog, Storage, UserData
 from .core.recovery import Recovery
 from .core.runs import Runs
 from .core.titles import TitleMaker
+from .core.tool_threads import ToolThreads
 from .core.tools import ApprovalRule, Tool, ToolRegistry, tool
 from .errors import ConfigurationError
 from .transports.asgi import prepare
@@ -31,8 +31,7 @@ from .transports.state import EXTENSION, ChatState
 
 logger = logging.getLogger("quart_chat")
 
-SWEEP_SECONDS = 30
-SWEPT_THREADS = 100
+EXPIRED_THREADS = 100
 
 H = TypeVar("H", bound=HostAuthenticate)
 
@@ -53,7 +52,7 @@ class QuartChat:
         app: Quart | None = None,
         *,
         storage: Storage | None = None,
-        event_log: EventLog | None = None,
+        event_log: RunLog | None = None,
         user_data: UserData | None = None,
         authenticator: Authenticator | None = None,
         providers: Mapping[str, Provider] | None = None,
@@ -103,10 +102,10 @@ class QuartChat:
 
     async def erase(self, user: str) -> int:
         """Stop what runs for a user, delete everything of theirs, and count the threads."""
-        await self.server.conversation.runs.stop_all(user)
+        await self.server.conversation.forget_runs(user)
         return await self.server.user_data.erase(user)
 
-    async def expire(self, before: datetime, limit: int = SWEPT_THREADS) -> int:
+    async def expire(self, before: datetime, limit: int = EXPIRED_THREADS) -> int:
         """Delete threads without activity since then, at most ``limit``, and count them."""
         return await self.server.user_data.expire(before, limit)
 
@@ -136,7 +135,7 @@ class ChatLifespan:
         self.tools = ToolRegistry(_modules_tools(settings.tools))
         self._chat = chat
         self._server: ChatState | None = None
-        self._log: EventLog | None = None
+        self._log: RunLog | None = None
         self._stack = AsyncExitStack()
         self._drained = False
 
@@ -181,12 +180,14 @@ class ChatLifespan:
             self.tools.add(each)
         await adapters.connect_tools(settings, self.tools, stack)
         policy = policy_of(settings)
-        runs = Runs(policy)
+        threads = ToolThreads(settings.max_tool_threads)
+        parts = Parts(storage, log, models, self.tools, policy, threads)
+        runs = Runs(parts)
         titles = None
         if settings.title_model is not None:
             titles = TitleMaker(storage, models, settings.title_model)
             stack.push_async_callback(titles.close)
-        conversation = Conversation(storage, log, models, self.tools, runs, policy, titles)
+        conversation = Conversation(parts, runs, titles)
         if conversation.expiry is not None:
             stack.callback(conversation.expiry.close)
         guard = Guard(settings)
@@ -194,18 +195,20 @@ class ChatLifespan:
         guard.authenticator = chat._authenticator
         if guard.is_local:
             guard.authenticator = await adapters.authenticator(settings, stack)
-        recovery = Recovery(conversation, runs, log, storage, policy)
-        rescued = await recovery.run()
-        if rescued:
-            logger.info("%d answers of a process that ended were taken care of", rescued)
-        sweeper = asyncio.create_task(
-            _sweep(settings, log, user_data, recovery), name="quart_chat sweeper"
+        housekeeping = Housekeeping(
+            log,
+            user_data,
+            Recovery(conversation, runs, parts),
+            event_retention=settings.event_retention,
+            retention_days=settings.retention_days,
         )
-        stack.push_async_callback(_cancelled, sweeper)
+        log.on_available = housekeeping.wake
+        stack.push_async_callback(housekeeping.close)
+        await housekeeping.start()
         self._log = log
         return ChatState(settings, conversation, guard, user_data)
 
-    async def _open_stores(self, stack: AsyncExitStack) -> tuple[Storage, EventLog, UserData]:
+    async def _open_stores(self, stack: AsyncExitStack) -> tuple[Storage, RunLog, UserData]:
         storage, log, user_data = self._chat._stores
         if storage is not None and log is not None and user_data is not None:
             return storage, log, user_data
@@ -254,31 +257,3 @@ def _modules_tools(modules: Iterable[str]) -> list[Tool]:
             raise ConfigurationError(f"CHAT_TOOLS: {name} has no function decorated with @tool.")
         found += [each for each in tools if each not in found]
     return found
-
-
-async def _sweep(
-    settings: Settings, log: EventLog, user_data: UserData, recovery: Recovery
-) -> None:
-    """Let what is old go, a bounded number at a time, and look after runs of dead machines."""
-    while True:
-        await asyncio.sleep(min(SWEEP_SECONDS, max(1.0, settings.event_retention)))
-        for work in (
-            log.expire,
-            recovery.run,
-            functools.partial(_expire_threads, settings, user_data),
-        ):
-            try:
-                await work()
-            except Exception as error:
-                logger.warning("sweeping failed: %s", type(error).__name__)
-
-
-async def _expire_threads(settings: Settings, user_data: UserData) -> int:
-    if settings.retention_days is None:
-        return 0
-    return await user_data.expire(now() - timedelta(days=settings.retention_days), SWEPT_THREADS)
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

@@ -348,7 +348,7 @@ async def test_a_follower_that_never_reads_hurts_nobody(serve: Serve, endpoint: 
         await asyncio.Event().wait()
 
     endpoint.scripts["flood"] = flood
-    server = await serve()
+    server = await serve(max_answer_chars=60_000_000)
     process = psutil.Process(server.process.pid)
     async with connect(server) as reader, connect(server, max_queue=1) as lazy:
         await reader.ask("hi")

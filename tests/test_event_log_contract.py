@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quart_chat.adapters import Stores, stores
-from quart_chat.adapters.database.event_log import decode, encode
+from quart_chat.adapters.database.batches import decode, encode
 from quart_chat.config import resolve
 from quart_chat.core.events import (
     ContentDelta,

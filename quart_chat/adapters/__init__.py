@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..config import ProviderSettings, Settings
 from ..core.models import ConfiguredProvider
-from ..core.ports import Authenticator, EventLog, Storage, UserData
+from ..core.ports import Authenticator, RunLog, Storage, UserData
 from ..core.tools import ToolRegistry
 from ..errors import ConfigurationError
 from .catalogue import CATALOGUE
@@ -38,7 +38,7 @@ class Stores:
 
     storage: Storage
     user_data: UserData
-    log: EventLog
+    log: RunLog
 
 
 async def stores(settings: Settings, stack: AsyncExitStack) -> Stores:

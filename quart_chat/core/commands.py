@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -251,8 +252,9 @@ class SendMessage(Command):
         values["client_tools"] = [tool.model_dump() for tool in self.client_tools or ()]
         return without_empty(values)
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for a retry; different where content, model, provider, parent or tools differ."""
+        """Equal for a retry; different if content, model, provider, parent or tools differ."""
         options = self.options()
         asked = [
             self.plain,

@@ -6,11 +6,17 @@ fast provider and a slow client from costing a frame a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from .messages import Message, Status
+
+MAX_MESSAGE_TEXT = 64 * 1024
+"""Bytes of content and reasoning beyond which a ``message`` event leaves them out."""
+
+EVENT_WEIGHT = 100
+"""What an event counts for besides its text."""
 
 MERGED_CHARS = 65_536
 """A merged delta grows to about this many characters before the next one begins."""
@@ -53,8 +59,6 @@ class ToolCalled:
     name: str
     arguments: dict[str, Any]
     needs: Literal["approval", "client"] | None = None
-    usage: dict[str, Any] | None = None
-    """For the log alone: what the round has cost that made the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,18 @@ class ToolReturned:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundEnded:
+    """The end of one request to the model (the AI SDK calls it a step): why, and what it cost.
+
+    For the log, and for dialects that show it; the native protocol does not send it.
+    """
+
+    type: ClassVar[str] = "round_end"
+    finish_reason: str | None
+    usage: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class MessageStored:
     """A message that the run stored, as the JSON API returns it."""
 
@@ -86,8 +102,14 @@ class MessageStored:
     message: dict[str, Any]
 
     @classmethod
-    def of(cls, message: Message) -> MessageStored:
-        return cls(message.to_dict())
+    def from_message(cls, message: Message) -> MessageStored:
+        """Return the event; a long text is left out, since its deltas were sent already."""
+        fields = message.to_dict()
+        text = message.content if isinstance(message.content, str) else ""
+        if _utf8_size(text) + _utf8_size(message.reasoning or "") > MAX_MESSAGE_TEXT:
+            fields |= {"content": None, "truncated": True}
+            fields.pop("reasoning", None)
+        return cls(fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +149,7 @@ Event = (
     | ToolCalled
     | ToolProgress
     | ToolReturned
+    | RoundEnded
     | MessageStored
     | Failed
     | Stopped
@@ -144,6 +167,7 @@ EVENT_TYPES: dict[str, type[Event]] = {
         ToolCalled,
         ToolProgress,
         ToolReturned,
+        RoundEnded,
         MessageStored,
         Failed,
         Stopped,
@@ -154,14 +178,53 @@ _FIELDS = {kind: tuple(f.name for f in fields(kind)) for kind in EVENT_TYPES.val
 _LEFT_OUT_WHEN_NONE = frozenset({"retry_after", "reference"})
 
 
-def event_fields(event: Event, *, for_log: bool = False) -> dict[str, Any]:
-    """The event's own fields, as on the wire, or with what only the log keeps."""
+def event_fields(event: Event) -> dict[str, Any]:
+    """Return the event's own fields, as on the wire."""
     return {
         name: value
         for name in _FIELDS[type(event)]
-        if for_log or name != "usage" or not isinstance(event, ToolCalled)
         if (value := getattr(event, name)) is not None or name not in _LEFT_OUT_WHEN_NONE
     }
+
+
+def event_from_fields(kind: str, fields: Mapping[str, Any]) -> Event:
+    """Build an event; fields that this version does not know are ignored.
+
+    Raises:
+        LookupError: This version does not know that kind of event.
+        TypeError: A field is missing.
+    """
+    event_type: Any = EVENT_TYPES[kind]
+    known = _FIELDS[event_type]
+    event: Event = event_type(**{name: fields[name] for name in known if name in fields})
+    return event
+
+
+def weight_of(event: Event) -> int:
+    """Return about how many bytes an event takes, so that many small ones are bounded too."""
+    if type(event) is ContentDelta:
+        return EVENT_WEIGHT + len(event.content)
+    if isinstance(event, (Reasoning, ToolReturned, ToolProgress)):
+        return EVENT_WEIGHT + len(event.content)
+    if isinstance(event, ToolCalled):
+        return EVENT_WEIGHT + _size_of(event.arguments)
+    if isinstance(event, MessageStored):
+        return EVENT_WEIGHT + _size_of(event.message)
+    return EVENT_WEIGHT
+
+
+def _size_of(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(key) + _size_of(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return sum(map(_size_of, value))
+    return 8
+
+
+def _utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def merge(numbered: Iterable[Numbered]) -> list[Numbered]:

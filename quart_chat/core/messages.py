@@ -88,12 +88,12 @@ class Usage:
         )
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Usage:
-        """What ``as_json`` gave; nothing for an empty map."""
+    def from_dict(cls, fields: Mapping[str, Any]) -> Usage:
+        """Build usage from what ``to_dict`` returned; an empty map counts nothing."""
         return cls(
-            told.get("prompt_tokens", 0),
-            told.get("completion_tokens", 0),
-            told.get("estimated", False),
+            fields.get("prompt_tokens", 0),
+            fields.get("completion_tokens", 0),
+            fields.get("estimated", False),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Protocol
@@ -37,6 +37,10 @@ class RunRecord:
     message_id: str
     ended: bool = False
     last_seq: int = 0
+    kept: bool = True
+    """Whether its events are kept still."""
+    orphaned: bool = False
+    """Whether it is this process's, and nobody drives it."""
 
 
 class Storage(Protocol):
@@ -106,11 +110,18 @@ class EventLog(Protocol):
 
     durable: bool
 
-    async def open(self, run: RunRecord, first: Sequence[Event] = ()) -> None:
-        """Begin a run's log with its first events; durable when it returns."""
+    async def open(self, run: RunRecord, first: Sequence[Event]) -> None:
+        """Begin a run's log with its first events; durable when it returns.
+
+        Opening a run again that nobody drives begins its log anew. Raises StorageUnavailable, and
+        then the run may be there or not.
+        """
 
     def append(self, run_id: str, events: Sequence[Event]) -> int:
-        """Number the events and give the newest number. Never waits, for nobody."""
+        """Number the events and return the newest number. Never waits.
+
+        Events of a run whose log was deleted are dropped.
+        """
 
     async def flush(self, run_id: str) -> None:
         """Wait until all that was appended is durable. Raises StorageUnavailable."""
@@ -118,26 +129,56 @@ class EventLog(Protocol):
     def follow(
         self, run_id: str, after: int, *, wait: bool = True
     ) -> AsyncGenerator[Sequence[Numbered], None]:
-        """Pages of merged events after ``after``, as they come; ends after the ``end`` event.
+        """Yield pages of merged events after ``after``, as they come, until the ``end`` event.
 
-        Without ``wait`` it ends where there is nothing more now.
+        Without ``wait``, end when there is nothing more now.
 
-        Raises NothingToResume where the events asked for are not kept any more.
+        Raises:
+            NothingToResume: The events asked for are not kept any more.
+            UnreadableLog: Another version of the server wrote them.
         """
 
     async def find(
         self, user: str, *, run_id: str | None = None, thread_id: str | None = None
     ) -> RunRecord | None:
-        """The user's run of that id, or the newest of that thread."""
+        """Return the user's run of that id, or the newest of that thread."""
 
-    async def claim_abandoned(self) -> Sequence[RunRecord]:
-        """Claim the runs that a dead or drained process left open, at most a hundred."""
+    def abandon(self, run_id: str) -> None:
+        """Say that nobody drives the run any more; the next claim returns it.
 
-    async def forget(self, user: str, thread_id: str) -> None:
-        """Delete the runs of a thread and their events."""
+        Until it is settled its ``end`` is not final for the log.
+        """
 
-    async def expire(self) -> int:
-        """Delete events beyond their retention, a bounded number at a time, and count the runs."""
+    def resume(self, run_id: str) -> None:
+        """Say that the claimed run is driven again."""
+
+    async def settle(self, run_id: str) -> None:
+        """Say that the claimed run's messages are stored; its ``end`` is final now.
+
+        Raises StorageUnavailable.
+        """
+
+
+class LogMaintenance(Protocol):
+    """What recovery, retention and deletion ask of the event log."""
+
+    async def claim_abandoned(self, skip: Collection[str] = ()) -> Sequence[RunRecord]:
+        """Claim runs that nobody drives, here or in a process that is gone, at most a hundred."""
+
+    async def forget(self, user: str, thread_id: str | None = None) -> None:
+        """Delete the runs of a thread, or of all the user's threads, and their events."""
+
+    async def expire(self) -> bool:
+        """Delete events beyond their retention, a bounded number; return whether more are left."""
+
+
+class RunLog(EventLog, LogMaintenance, Protocol):
+    """The whole event log of an application.
+
+    ``on_available`` is called when it can write again after it could not.
+    """
+
+    on_available: Callable[[], None]
 
 
 Finish = Literal["stop", "length", "tool_calls", "content_filter"] | str

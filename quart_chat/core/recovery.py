@@ -1,93 +1,115 @@
-"""What becomes of runs whose process died: rescued from the log, or continued where they waited."""
+"""Recovery: runs that nobody drives any more are stored from the log, or continued.
+
+Their process died, or the storage was away for too long, or their task was lost. Each record is
+taken care of by itself, as often as it takes.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
-from ..errors import ChatError, NotFound, RunError
+from ..errors import ChatError, NotFound, RunError, StorageUnavailable, UnreadableLog
 from .conversation import Conversation
-from .events import End, Event, Failed, MessageStored
-from .messages import Message, Status, Usage
-from .policy import Policy
-from .ports import EventLog, RunRecord, Storage, Window
-from .run import DRAINED, Run
-from .run_state import RunState, final_answer, missing_results, replay, tool_messages
+from .events import End, Event, Failed
+from .messages import Status, Usage
+from .parts import Parts
+from .ports import RunRecord, Window
+from .run import DRAINED
+from .run_state import RunState, replay
+from .run_writer import RunWriter
 from .runs import Runs
 
 logger = logging.getLogger("quart_chat.recovery")
 
+MAX_ATTEMPTS = 5
+"""After so many unexpected failures a run is closed without its text."""
+
 
 class Recovery:
-    """Closes abandoned runs, and takes over those that wait for a person."""
+    """Closes abandoned runs, and takes over those that wait for an approval."""
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        runs: Runs,
-        log: EventLog,
-        storage: Storage,
-        policy: Policy,
-    ) -> None:
+    def __init__(self, conversation: Conversation, runs: Runs, parts: Parts) -> None:
         self._conversation = conversation
         self._runs = runs
-        self._log = log
-        self._storage = storage
-        self._policy = policy
+        self._log = parts.log
+        self._storage = parts.storage
+        self._attempts: Counter[str] = Counter()
 
     async def run(self) -> int:
-        """Take care of every abandoned run, and count them."""
+        """Take care of every abandoned run once, and return how many are settled.
+
+        Raises:
+            StorageUnavailable: The log cannot be asked which there are.
+        """
         count = 0
-        while records := await self._log.claim_abandoned():
+        seen: set[str] = set()
+        while records := await self._log.claim_abandoned(skip=seen):
             for record in records:
-                await self._rescue(record)
-            count += len(records)
+                seen.add(record.id)
+                count += await self._settle(record)
         return count
 
-    async def _rescue(self, record: RunRecord) -> None:
-        state = await replay(self._log, record.id, 0)
-        if state.awaits_approval and await self._resume_run(record, state):
-            return
-        status: Status
-        try:
-            stored, status = await self._store(record, state)
-        except NotFound:
-            stored, status = [], "interrupted"
-        events: list[Event] = []
-        if status == "interrupted":
-            events.append(Failed(**RunError(DRAINED, code="interrupted").to_dict()))
-        usage = (stored[-1].usage if stored else None) or Usage(estimated=True).to_dict()
-        events += [MessageStored.of(message) for message in stored]
-        events.append(End(status, None, usage))
-        self._log.append(record.id, events)
-        await self._log.flush(record.id)
+    async def _settle(self, record: RunRecord) -> bool:
+        async with self._runs.lock(record.user, record.thread_id):
+            if self._runs.get(record.user, record.id) is not None:
+                return False
+            try:
+                await self._rescue(record)
+            except StorageUnavailable:
+                self._log.abandon(record.id)
+                return False
+            except Exception as error:
+                return await self._failed(record, error)
+        self._attempts.pop(record.id, None)
+        return True
 
-    async def _store(self, record: RunRecord, state: RunState) -> tuple[list[Message], Status]:
-        parent_id = state.parent_id or record.user_message_id
-        usage = Usage(0, -(-sum(map(len, state.texts)) // 4), estimated=True)
-        told = {
-            "model": state.start.model if state.start else None,
-            "provider": state.start.provider if state.start else None,
-            "status": "interrupted",
-            "usage": usage.to_dict(),
-        }
-        messages: list[Message] = []
-        if state.calls:
-            self._log.append(record.id, missing_results(state.missing))
-            messages = tool_messages(state, record, parent_id, told)
-            parent_id, state = messages[-1].id, RunState()
-        messages.append(final_answer(state, record, parent_id, told))
-        stored = await self._storage.add_messages(record.user, messages)
-        return list(stored), stored[-1].status
+    async def _failed(self, record: RunRecord, error: Exception) -> bool:
+        self._attempts[record.id] += 1
+        logger.error("run %s could not be recovered", record.id, exc_info=error)
+        self._log.abandon(record.id)
+        if not isinstance(error, UnreadableLog) and self._attempts[record.id] < MAX_ATTEMPTS:
+            return False
+        try:
+            await self._close(record, RunState(), [], "interrupted")
+        except ChatError:
+            return False
+        return True
+
+    async def _rescue(self, record: RunRecord) -> None:
+        state = await replay(self._log, record.id)
+        if state.awaits_approval and state.end is None and await self._resume_run(record, state):
+            return
+        status: Status = state.end.status if state.end else "interrupted"
+        if state.end is None and (ended := state.estimated_round()) is not None:
+            state.take(self._log.append(record.id, [ended]), ended)
+        writer = RunWriter(record, state, self._log, self._storage, patience=0)
+        try:
+            events = await writer.store_answer(status)
+        except NotFound:  # the thread was deleted
+            events = []
+        await self._close(record, state, events, writer.answer_status or status)
+
+    async def _close(
+        self, record: RunRecord, state: RunState, events: list[Event], status: Status
+    ) -> None:
+        if state.end is None:
+            if status == "interrupted":
+                events = [Failed(**RunError(DRAINED, code="interrupted").to_dict()), *events]
+            usage = state.usage if state.usage.completion_tokens else Usage(estimated=True)
+            self._log.append(record.id, [*events, End(status, None, usage.to_dict())])
+        await self._log.settle(record.id)
 
     async def _resume_run(self, record: RunRecord, state: RunState) -> bool:
         window = Window(limit=1, order="desc", leaf=record.user_message_id)
         try:
             question = (await self._storage.messages(record.user, record.thread_id, window))[0]
-            turn = await self._conversation.prepare(record, question, leaf=state.parent_id)
+            run_input = await self._conversation.prepare(record, question, leaf=state.parent_id)
+        except StorageUnavailable:
+            raise
         except ChatError as error:
-            logger.warning("run %s can not go on: %s", record.id, error.code)
+            logger.warning("run %s cannot go on: %s", record.id, error.code)
             return False
-        run = Run(turn, self._log, self._storage, self._policy)
-        self._runs.add(run)
-        run.go_on(state)
+        self._log.resume(record.id)
+        self._runs.take_over(run_input, state)
         return True

@@ -1,4 +1,4 @@
-"""One request to a model: its stream becomes events, its tool-call fragments become calls."""
+"""Round: one request to a model (the AI SDK's "step"). Its stream becomes events and calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any
 
-from ..errors import InvalidMessage, ProviderError
+from ..errors import InvalidMessage, ProviderError, RunError
 from .commands import check_values
 from .events import ContentDelta, Event, Reasoning
 from .messages import ToolCall, Usage, text_of
@@ -24,9 +24,7 @@ from .ports import (
     TextDelta,
     UsageDelta,
 )
-
-CHARS_PER_TOKEN = 4
-"""How tokens are estimated where a provider does not count them."""
+from .run_state import CHARS_PER_TOKEN
 
 DISK_CHARS = 512 * 1024
 """After so much text the log is given time to write it down: no provider outruns the disk."""
@@ -35,13 +33,19 @@ DISK_CHARS = 512 * 1024
 class Round:
     """A request, and what has come of it so far."""
 
-    def __init__(self, request: ProviderRequest, append: Callable[[Sequence[Event]], None]) -> None:
+    def __init__(
+        self,
+        request: ProviderRequest,
+        append: Callable[[Sequence[Event]], None],
+        max_chars: int = 2**63,
+    ) -> None:
+        self.chars = 0
         self.finish_reason: str | None = None
         self._request = request
         self._append = append
         self._fragments: list[_Fragment] = []
         self._counted: Usage | None = None
-        self._chars = 0
+        self._max_chars = max_chars
         self._heard = 0.0
 
     @property
@@ -51,27 +55,27 @@ class Round:
             return self._counted
         prompt = sum(len(text_of(message.content)) for message in self._request.messages)
         return Usage(
-            -(-prompt // CHARS_PER_TOKEN), -(-self._chars // CHARS_PER_TOKEN), estimated=True
+            -(-prompt // CHARS_PER_TOKEN), -(-self.chars // CHARS_PER_TOKEN), estimated=True
         )
 
     async def stream(
         self, provider: Provider, idle_timeout: float, wait_for_disk: Callable[[], Awaitable[None]]
     ) -> None:
-        """Ask, and append what comes until the provider ends; ``relieve`` is awaited at times.
+        """Send the request, and append what comes; ``wait_for_disk`` is awaited at times.
 
         Raises:
             ProviderError: The provider failed, or sent nothing for ``idle_timeout`` seconds.
         """
         loop = asyncio.get_running_loop()
         self._heard = loop.time()
-        relieved_at = self._chars
+        relieved_at = self.chars
         watch = _IdleTimeout(idle_timeout, lambda: self._heard)
         async with watch, aclosing(provider.stream(self._request)) as stream:
             async for deltas in stream:
                 self._heard = loop.time()
                 self._take(deltas)
-                if self._chars - relieved_at > DISK_CHARS:
-                    relieved_at = self._chars
+                if self.chars - relieved_at > DISK_CHARS:
+                    relieved_at = self.chars
                     await wait_for_disk()
 
     def _take(self, deltas: Sequence[Delta]) -> None:
@@ -79,10 +83,12 @@ class Round:
         for delta in deltas:
             match delta:
                 case TextDelta(text, reasoning):
-                    self._chars += len(text)
+                    self.chars += len(text)
+                    if self.chars > self._max_chars:
+                        text = text[: max(0, len(text) - (self.chars - self._max_chars))]
                     events.append(Reasoning(text) if reasoning else ContentDelta(text))
                 case CallDelta():
-                    self._chars += len(delta.arguments)
+                    self.chars += len(delta.arguments)
                     self._add(delta)
                 case UsageDelta(prompt, completion):
                     self._counted = Usage(prompt, completion)
@@ -90,6 +96,11 @@ class Round:
                     self.finish_reason = reason
         if events:
             self._append(events)
+        if self.chars > self._max_chars:
+            raise RunError(
+                "The answer reached the greatest length that this server allows.",
+                code="answer_too_long",
+            )
 
     def _add(self, delta: CallDelta) -> None:
         fragment = self._belongs_to(delta)
@@ -154,7 +165,7 @@ def _decoded(arguments: str) -> tuple[dict[str, Any], str | None]:
     except (ValueError, RecursionError):
         return {}, "The arguments are not valid JSON."
     except InvalidMessage as error:
-        return {}, f"The arguments can not be used. {error.message}"
+        return {}, f"The arguments cannot be used. {error.message}"
     if not isinstance(value, dict):
         return {}, "The arguments are not a JSON object."
     return value, None

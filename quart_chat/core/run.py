@@ -1,78 +1,57 @@
-"""One answer: the provider's stream, tool calls and their results, until there are none.
+"""Run: one answer being made, from its first event to its last.
 
 A run is a task of its own, owned by the process and not by a connection. It appends what happens
-to the event log and keeps no text: the message stored at the end is folded from the log
-(``draft.py``).
+to the event log and keeps no text: the messages stored are made from the log (``run_writer.py``).
+
+An end is requested (``request_end``) and observed by the run, which then cancels its work and
+stores what there is. Nothing depends on a task having had its first step, and whatever happens to
+the task, ``_ensure_finished`` ends the run and leaves the rest to recovery.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 
 from ..errors import ChatError, InternalError, NotFound, RunError, StorageUnavailable
-from .events import (
-    End,
-    Event,
-    Failed,
-    MessageStored,
-    Numbered,
-    Start,
-    Stopped,
-    ToolCalled,
-)
-from .messages import Message, Status, Usage
-from .policy import Policy
-from .ports import (
-    EventLog,
-    Provider,
-    ProviderMessage,
-    ProviderRequest,
-    RunRecord,
-    Storage,
-)
-from .round import Round
-from .run_state import RunState, final_answer, missing_results, replay, tool_messages
-from .tool_executor import CallReply, Toolbox, ToolExecutor
+from .agent_loop import AgentLoop, RunInput
+from .events import End, Event, Failed, Numbered, Stopped
+from .messages import Status
+from .parts import Parts
+from .run_clock import RunClock
+from .run_state import RunState
+from .run_writer import RunWriter
+from .tool_executor import CallReply
 
 logger = logging.getLogger("quart_chat.run")
 
 DRAINED = "The server was restarted before the answer was complete."
-FIRST_RETRY = 0.05
-"""Seconds before storing is tried again; doubled each time."""
+
+STUBBORN_SECONDS = 2.0
+"""How long a cancelled provider or tool may go on before the run ends without it."""
 
 
-@dataclass(frozen=True)
-class RunInput:
-    """What is to be answered, by whom, with which tools."""
+class RunPhase(StrEnum):
+    """Where a run is in its life."""
 
-    record: RunRecord
-    question: Message
-    provider_name: str
-    provider: Provider
-    model: str
-    transcript: Sequence[Message]
-    toolbox: Toolbox = field(default_factory=Toolbox)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    STARTING = "starting"
+    STREAMING = "streaming"
+    CALLING_TOOLS = "calling_tools"
+    AWAITING_APPROVAL = "awaiting_approval"
+    ENDING = "ending"
+    ENDED = "ended"
+    HANDED_OVER = "handed_over"
 
-    def first_event(self) -> Start:
-        """What the run's log begins with."""
-        return Start(
-            message_id=self.record.message_id,
-            user_message_id=self.question.id,
-            parent_id=self.question.parent_id,
-            model=self.model,
-            provider=self.provider_name,
-        )
+
+OVER = (RunPhase.ENDING, RunPhase.ENDED, RunPhase.HANDED_OVER)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ends, and what it says first."""
+    """How a run ends, and the events that say so before ``end``."""
 
     status: Status
     finish_reason: str | None = None
@@ -80,265 +59,213 @@ class Outcome:
 
     @classmethod
     def failure(cls, error: ChatError, status: Status = "failed") -> Outcome:
+        """Return the end of a run that an error cuts off."""
         return cls(status, None, (Failed(**error.to_dict()),))
 
 
-class Run:
-    """Answers one turn and stores what came of it."""
+INTERRUPTED = Outcome.failure(RunError(DRAINED, code="interrupted"), "interrupted")
 
-    def __init__(self, turn: RunInput, log: EventLog, storage: Storage, policy: Policy) -> None:
-        self.turn = turn
-        self.record = turn.record
+
+class Run:
+    """Answers one question and stores the answer."""
+
+    def __init__(self, run_input: RunInput, parts: Parts) -> None:
+        self.record = run_input.record
         self.followers = 0
         self.finished = asyncio.Event()
         self.stopped: Numbered | None = None
         self.on_finished: Callable[[Run], None] = lambda run: None
-        self._log = log
-        self._storage = storage
-        self._policy = policy
-        self._transcript = [*turn.transcript]
-        self._parent_id = turn.question.id
-        self._stored_seq = 1
-        self._round: Round | None = None
-        self._usage = Usage()
-        self._resumed_usage: Usage | None = None
-        self._calls: ToolExecutor | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._asked: Outcome | None = None
-        self._ending = False
-        self._suspended = False
+        self.work: asyncio.Task[str] | None = None
+        self._input = run_input
+        self._parts = parts
+        self._phase = RunPhase.STARTING
+        self._end: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+        self._clock = RunClock(parts.policy.run_timeout, self._time_is_over)
+        self.task: asyncio.Task[None] | None = None
 
     @property
     def id(self) -> str:
         return self.record.id
 
     @property
-    def waits_for_people(self) -> bool:
-        """Whether nothing goes on but waiting for approvals."""
-        return self._calls is not None and self._calls.waits_for_people
+    def phase(self) -> RunPhase:
+        """Where the run is in its life."""
+        if self._phase is RunPhase.STREAMING and (executor := self._loop.executor) is not None:
+            waits = executor.waits_for_people
+            return RunPhase.AWAITING_APPROVAL if waits else RunPhase.CALLING_TOOLS
+        return self._phase
 
-    def start(self) -> None:
-        """Begin; the log has been opened with the turn's first event."""
-        self._task = asyncio.create_task(self._live(None), name=f"quart_chat run {self.id}")
+    def start(self, resumed: RunState | None = None) -> asyncio.Task[None]:
+        """Begin; the log has the first event.
 
-    def go_on(self, state: RunState) -> None:
-        """Continue where a process before this one waited for an approval."""
-        self._stored_seq = state.stored_seq
-        self._usage = state.usage + state.round_usage
-        self._resumed_usage = state.round_usage
-        self._parent_id = state.parent_id or self._parent_id
-        self._task = asyncio.create_task(self._live(state), name=f"quart_chat run {self.id}")
+        Args:
+            resumed: The state in which a process before this one left the run for an approval.
+        """
+        state = resumed or RunState(1, self._input.first_event())
+        parts = self._parts
+        self._writer = RunWriter(
+            self.record, state, parts.log, parts.storage, parts.policy.storage_retry
+        )
+        self._loop = AgentLoop(self._input, parts, self._writer, self._append_work, self._clock)
+        self.task = asyncio.create_task(self._live(resumed), name=f"quart_chat run {self.id}")
+        self.task.add_done_callback(self._ensure_finished)
+        return self.task
 
     def stop(self, message: str) -> None:
-        """End the run because somebody asked; the text so far is kept."""
-        self._request_end(Outcome("stopped", None, (Stopped(message),)))
+        """Request the end because somebody asked for it; the text so far is kept."""
+        self.request_end(Outcome("stopped", None, (Stopped(message),)))
 
     def interrupt(self) -> None:
-        """End the run because its process ends; the text so far is kept."""
-        self._request_end(Outcome.failure(RunError(DRAINED, code="interrupted"), "interrupted"))
+        """Request the end because the process ends; the text so far is kept."""
+        self.request_end(INTERRUPTED)
 
-    def suspend(self) -> None:
-        """Leave the run, which waits for a person, to the next process."""
-        if self._task is not None and not self._ending:
-            self._suspended = True
-            self._task.cancel()
+    def hand_over(self) -> None:
+        """Leave the run, which waits for an approval, to the next process."""
+        self.request_end(None)
+
+    def request_end(self, outcome: Outcome | None) -> None:
+        """Ask the run to end so, unless it is ending already; None hands it over."""
+        if not self._end.done() and self._phase not in OVER:
+            self._end.set_result(outcome)
+
+    def abandon(self) -> None:
+        """End at once, without waiting for anything; recovery stores what the log has."""
+        if not self.finished.is_set():
+            self._give_up(INTERRUPTED)
+            for task in (self.task, self.work):
+                if task is not None:
+                    task.cancel()
 
     def answer(self, call_id: str, reply: CallReply) -> None:
         """Hand in an approval or a client's result.
 
         Raises:
-            NotFound: The run does not wait for that.
+            NotFound: The run does not wait for it.
         """
-        if self._calls is None or not self._calls.answer(call_id, reply):
+        executor = self._loop.executor if self._phase is RunPhase.STREAMING else None
+        if executor is None or not executor.answer(call_id, reply):
             raise NotFound("The run does not wait for an answer to that tool call.")
 
-    def _request_end(self, outcome: Outcome) -> None:
-        if self._task is not None and not self._ending and self._asked is None:
-            self._asked = outcome
-            self._task.cancel()
+    async def _live(self, resumed: RunState | None) -> None:
+        outcome = await self._outcome(resumed)
+        if outcome is None:
+            self._phase = RunPhase.HANDED_OVER
+            self._release()
+        else:
+            await self._finish(outcome)
 
-    async def _live(self, state: RunState | None) -> None:
+    async def _outcome(self, resumed: RunState | None) -> Outcome | None:
+        """Do the work until it is done or an end is requested."""
+        if not self._end.done():
+            self._phase = RunPhase.STREAMING
+        work = self.work = asyncio.create_task(self._loop.answer(resumed))
+        work.add_done_callback(_retrieve)
+        self._clock.resume()
         try:
-            outcome = await self._outcome(state)
-            if outcome is not None:
-                await self._finish(outcome)
+            await asyncio.wait((work, self._end), return_when=asyncio.FIRST_COMPLETED)
+            done_by_itself = work.done()
+            await self._cancel(work)
         finally:
-            self.on_finished(self)
-            self.finished.set()
+            self._clock.stop()
+            self._phase = RunPhase.ENDING
+            work.cancel()
+        if self._end.done() and (work.cancelled() or not done_by_itself):
+            return self._end.result()
+        return self._outcome_of(work)
 
-    async def _outcome(self, state: RunState | None) -> Outcome | None:
+    async def _cancel(self, work: asyncio.Task[str]) -> None:
+        if work.done():
+            return
+        work.cancel()
+        await asyncio.wait((work,), timeout=STUBBORN_SECONDS)
+        if not work.done():
+            logger.warning("run %s: a provider or tool ignores its cancellation", self.id)
+
+    def _outcome_of(self, work: asyncio.Task[str]) -> Outcome:
         try:
-            async with asyncio.timeout(self._policy.run_timeout) as timeout:
-                await self._answer(state, timeout)
-            self._ending = True
-            reason = self._round.finish_reason if self._round else None
-            return Outcome("completed", reason or "stop")
-        except asyncio.CancelledError:
-            self._ending = True
-            task = asyncio.current_task()
-            if task is not None and (self._asked is not None or self._suspended):
-                task.uncancel()
-                return self._asked
-            raise
-        except TimeoutError:
-            seconds = f"{self._policy.run_timeout:g}"
-            return self._failure(RunError(f"The answer took over {seconds} s and was ended."))
+            return Outcome("completed", work.result())
         except ChatError as error:
-            return self._failure(error)
-        except Exception:
-            return self._failure(self._unexpected())
+            return Outcome.failure(error)
+        except (Exception, asyncio.CancelledError):  # cancelled, and nobody had asked for it
+            return Outcome.failure(self._unexpected("failed"))
 
-    def _failure(self, error: ChatError) -> Outcome:
-        self._ending = True
-        return Outcome.failure(error)
-
-    def _unexpected(self) -> ChatError:
+    def _unexpected(self, what: str) -> ChatError:
         error = InternalError()
-        logger.exception("run %s failed; reference %s", self.id, error.reference)
+        logger.exception("run %s %s; reference %s", self.id, what, error.reference)
         return error
 
-    async def _answer(self, state: RunState | None, timeout: asyncio.Timeout) -> None:
-        schemas = self.turn.toolbox.schemas()
-        if state is not None:
-            waiting = state.waiting
-            self._append(missing_results(call for call in state.missing if call not in waiting))
-            await self._use_tools(waiting, {}, timeout)
-        for _ in range(self._policy.max_tool_rounds):
-            await self._ask_model(schemas)
-            assert self._round is not None
-            calls, argument_errors = self._round.calls()
-            if not calls:
-                return
-            self._calls = self._new_calls()
-            cost = self._round.usage.to_dict()
-            announced = self._calls.announce(calls, argument_errors, cost)
-            await self._use_tools(announced, argument_errors, timeout)
-        await self._ask_model([])
-        raise RunError(
-            f"The model used tools in {self._policy.max_tool_rounds} rounds, which is the bound.",
-            code="tool_rounds_exceeded",
-        )
-
-    async def _ask_model(self, schemas: Sequence[Mapping[str, Any]]) -> None:
-        turn = self.turn
-        options = dict(turn.options)
-        if not schemas or (self._round is not None and options.get("tool_choice") != "none"):
-            options.pop("tool_choice", None)  # a choice that is forced is made once
-        request = ProviderRequest(turn.model, self._prompt(), schemas, options)
-        if self._round is not None:
-            self._usage += self._round.usage
-        self._round = Round(request, self._append)
-        seconds = self._policy.provider_idle_timeout
-        await self._round.stream(turn.provider, seconds, self._wait_for_disk)
-
-    async def _wait_for_disk(self) -> None:
-        with suppress(StorageUnavailable):  # the client keeps getting its stream
-            await self._log.flush(self.id)
-
-    def _prompt(self) -> list[ProviderMessage]:
-        system = self._policy.system_prompt
-        prompt = [ProviderMessage("system", system)] if system else []
-        for each in self._transcript:
-            name = each.name if each.role != "tool" else None
-            prompt.append(
-                ProviderMessage(each.role, each.content, each.tool_calls, each.tool_call_id, name)
-            )
-        return prompt
-
-    def _new_calls(self) -> ToolExecutor:
-        return ToolExecutor(self.record, self.turn.toolbox, self._policy, self._append)
-
-    async def _use_tools(
-        self,
-        announced: Sequence[ToolCalled],
-        argument_errors: Mapping[str, str],
-        timeout: asyncio.Timeout,
-    ) -> None:
-        calls = self._calls = self._calls or self._new_calls()
-        loop = asyncio.get_running_loop()
-        left = (timeout.when() or loop.time()) - loop.time()
-        if any(called.needs for called in announced):
-            timeout.reschedule(None)
-        await calls.run(announced, argument_errors)
-        timeout.reschedule(loop.time() + left)
-        self._calls = None
-        self._append(await self._store_unit(await self._replayed(), "completed"))
+    def _time_is_over(self) -> None:
+        seconds = f"{self._parts.policy.run_timeout:g}"
+        error = RunError(f"The answer took over {seconds} s and was ended.")
+        self.request_end(Outcome.failure(error))
 
     async def _finish(self, outcome: Outcome) -> None:
-        status = outcome.status
+        """Store the answer and write the end."""
+        self._loop.end_round(self._append)
         for event in outcome.events:
-            seq = self._log.append(self.id, [event])
+            seq = self._append([event])
             if isinstance(event, Stopped):
                 self.stopped = (seq, event)
-        stored: list[Event] = []
+        events: list[Event] = []
+        status = outcome.status
         try:
-            stored = await self._store_answer(status)
-        except NotFound:
+            events = await self._writer.store_answer(status)
+        except NotFound:  # the thread was deleted
             status = "stopped"
-        except ChatError as error:
+        except Exception as error:
+            known = error if isinstance(error, ChatError) else self._unexpected("was not stored")
             status = "failed"
-            self._append([Failed(**error.to_dict())])
-        except Exception:
-            status = "failed"
-            self._append([Failed(**self._unexpected().to_dict())])
-        usage = self._usage + self._round.usage if self._round else self._usage
+            events = [Failed(**known.to_dict())]
+            self._parts.log.abandon(self.id)
+        if not self.finished.is_set():
+            self.on_finished(self)
+            self._append([*events, End(status, outcome.finish_reason, self._loop.usage.to_dict())])
+            await self._flush()
+            self._release()
+
+    async def _flush(self) -> None:
+        try:
+            await self._parts.log.flush(self.id)
+        except StorageUnavailable:
+            pass  # the log goes on trying
+
+    def _ensure_finished(self, task: asyncio.Task[None]) -> None:
+        """Whatever became of the task, the run ends here."""
+        if self.finished.is_set():
+            return
+        if task.cancelled():
+            self._give_up(INTERRUPTED)
+        else:
+            error = InternalError()
+            cause = task.exception()
+            logger.error("run %s; reference %s", self.id, error.reference, exc_info=cause)
+            self._give_up(Outcome.failure(error))
+
+    def _give_up(self, outcome: Outcome) -> None:
+        """Write the end without waiting; recovery stores the answer from the log."""
+        self._parts.log.abandon(self.id)
+        self._phase = RunPhase.ENDING
+        usage = self._loop.usage.to_dict()
+        self._append([*outcome.events, End(outcome.status, outcome.finish_reason, usage)])
+        self._release()
+
+    def _release(self) -> None:
+        if self._phase is not RunPhase.HANDED_OVER:
+            self._phase = RunPhase.ENDED
         self.on_finished(self)
-        self._append([*stored, End(status, outcome.finish_reason, usage.to_dict())])
-        await self._wait_for_disk()
+        self.finished.set()
 
-    async def _store_answer(self, status: Status) -> list[Event]:
-        state = await self._replayed()
-        stored: list[Event] = []
-        if state.calls:
-            self._append(missing_results(state.missing))
-            stored += await self._store_unit(await self._replayed(), status)
-            state = RunState()
-        answer = final_answer(state, self.record, self._parent_id, self._message_fields(status))
-        return [*stored, *await self._store([answer])]
+    def _append_work(self, events: Sequence[Event]) -> None:
+        """Append for the work, which has no say any more once the run ends."""
+        if self._phase not in OVER and events:
+            self._parts.log.append(self.id, events)
 
-    async def _store_unit(self, state: RunState, status: Status) -> list[Event]:
-        unit = tool_messages(state, self.record, self._parent_id, self._message_fields(status))
-        events = await self._store(unit)
-        self._transcript += unit
-        self._parent_id = unit[-1].id
-        self._stored_seq = state.seq
-        return events
+    def _append(self, events: Sequence[Event]) -> int:
+        if self._phase is RunPhase.ENDED or not events:
+            return 0
+        return self._parts.log.append(self.id, events)
 
-    def _message_fields(self, status: Status) -> dict[str, Any]:
-        turn, usage = self.turn, self._round.usage if self._round else self._resumed_usage
-        return {
-            "model": turn.model,
-            "provider": turn.provider_name,
-            "status": status,
-            "usage": usage.to_dict() if usage else None,
-        }
 
-    async def _replayed(self) -> RunState:
-        state: RunState = await self._with_patience(
-            lambda: replay(self._log, self.id, self._stored_seq)
-        )
-        return state
-
-    async def _store(self, messages: Sequence[Message]) -> list[Event]:
-        async def store() -> Sequence[Message]:
-            await self._log.flush(self.id)
-            return await self._storage.add_messages(self.record.user, messages)
-
-        return [MessageStored.of(message) for message in await self._with_patience(store)]
-
-    async def _with_patience(self, attempt: Callable[[], Any]) -> Any:
-        """Try again, ever more rarely, while the storage is away."""
-        loop = asyncio.get_running_loop()
-        until, pause = loop.time() + self._policy.storage_retry, FIRST_RETRY
-        while True:
-            try:
-                return await attempt()
-            except StorageUnavailable:
-                if loop.time() + pause > until:
-                    raise
-            await asyncio.sleep(pause)
-            pause *= 2
-
-    def _append(self, events: Sequence[Event]) -> None:
-        if events:
-            self._log.append(self.id, events)
+def _retrieve(task: asyncio.Task[str]) -> None:
+    if not task.cancelled():
+        task.exception()

@@ -1,70 +1,62 @@
-"""The runs that are alive in this process: one at a time in a thread, found and stopped by id."""
+"""Runs: the one place where runs are born, found, stopped and drained in this process.
+
+What must not be cut in half by a caller who goes away (a client, a cancelled handler) runs as an
+*operation*: a task of its own that is finished whatever becomes of the caller.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from ..errors import RateLimited, ServerDraining, ThreadBusy
-from .events import Numbered
-from .policy import Policy
-from .ports import RunRecord
-from .run import Run
+from ..errors import InternalError, RateLimited, ServerDraining
+from .agent_loop import RunInput
+from .parts import Parts
+from .queues import MessageQueues, ThreadKey
+from .run import Run, RunPhase
+from .run_state import RunState
 
 logger = logging.getLogger("quart_chat.runs")
 
+T = TypeVar("T")
+
 STOPPED_BY_USER = "Generation stopped by user"
-ThreadKey = tuple[str, str]
-"""A user and a thread id."""
 
+LOOK_SECONDS = 0.25
+"""How often a drain looks at what has changed."""
 
-@dataclass(frozen=True)
-class Subscription:
-    """A run and the event after which it is followed; ``stored`` where only its answer is kept."""
-
-    record: RunRecord
-    after: int = 0
-    stored: tuple[Numbered, ...] | None = None
-
-
-@dataclass(eq=False)
-class QueuedMessage:
-    """A message that waits for its turn; ``started`` gives its run, or None where it is dropped."""
-
-    message_id: str
-    fingerprint: str
-    begin: Callable[[], Awaitable[Subscription]]
-    started: asyncio.Future[Subscription | None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+GRACE_SECONDS = 2.0
+"""How long interrupted runs may take to store their text before they are left to recovery."""
 
 
 class Runs:
-    """Starts, finds, stops and drains runs, and keeps the queue of every thread."""
+    """The runs that are alive in this process, at most one in a thread."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.draining = False
-        self._policy = policy
+        self.queues = MessageQueues(parts.policy.queue_limit)
+        self._parts = parts
         self._runs: dict[str, Run] = {}
         self._threads: dict[ThreadKey, Run] = {}
-        self._queues: dict[ThreadKey, deque[QueuedMessage]] = {}
         self._per_user: Counter[str] = Counter()
         self._locks: dict[ThreadKey, tuple[asyncio.Lock, int]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._unfinished: set[Run] = set()
+        self._operations: set[asyncio.Task[Any]] = set()
+        self._leftovers: set[asyncio.Task[Any]] = set()
 
     def __len__(self) -> int:
         return len(self._runs)
 
     def active(self, user: str, thread_id: str) -> Run | None:
-        """The thread's running run."""
+        """Return the thread's running run."""
         return self._threads.get((user, thread_id))
 
     def get(self, user: str, run_id: str) -> Run | None:
-        """The user's running run of that id."""
+        """Return the user's running run of that id."""
         run = self._runs.get(run_id)
         return run if run is not None and run.record.user == user else None
 
@@ -85,8 +77,33 @@ class Runs:
             else:
                 self._locks[key] = (lock, holders - 1)
 
+    async def operation(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something that goes on to its end even if the caller is cancelled."""
+        task = self._begin_operation(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if not task.cancelled() or (caller is not None and caller.cancelling()):
+                raise
+            # Not the caller was cancelled but the operation, from inside an adapter.
+            error = InternalError()
+            logger.error("an operation was cancelled; reference %s", error.reference)
+            raise error from None
+
+    def _begin_operation(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._operations.add(task)
+        task.add_done_callback(self._operation_done)
+        return task
+
+    def _operation_done(self, task: asyncio.Task[Any]) -> None:
+        self._operations.discard(task)
+        if not task.cancelled():
+            task.exception()
+
     def admit_message(self) -> None:
-        """Raises ServerDraining where the process is about to end."""
+        """Raise ServerDraining if the process is about to end."""
         if self.draining:
             raise ServerDraining
 
@@ -98,7 +115,7 @@ class Runs:
             RateLimited: The user has as many runs as ``CHAT_MAX_RUNS_PER_USER`` allows.
         """
         self.admit_message()
-        bound = self._policy.max_runs_per_user
+        bound = self._parts.policy.max_runs_per_user
         if bound is not None and self._per_user[user] >= bound:
             raise RateLimited(
                 f"{bound} answers are being made for you already. Wait for one to end.",
@@ -106,13 +123,26 @@ class Runs:
                 retry_after=1,
             )
 
-    def add(self, run: Run) -> None:
-        """Count a run among the living; it has to be started next."""
+    async def begin(self, run_input: RunInput) -> Run:
+        """Bring a run to life. Call it inside an operation that holds the thread.
+
+        Raises:
+            StorageUnavailable: The run may or may not be in the log; recovery takes care of it.
+        """
+        await self._parts.log.open(run_input.record, [run_input.first_event()])
+        return self.take_over(run_input)
+
+    def take_over(self, run_input: RunInput, resumed: RunState | None = None) -> Run:
+        """Bring to life a run that the log has, after its first event or where it was left."""
+        run = Run(run_input, self._parts)
         record = run.record
         self._runs[run.id] = run
         self._threads[record.user, record.thread_id] = run
         self._per_user[record.user] += 1
         run.on_finished = self._discard
+        self._unfinished.add(run)
+        run.start(resumed).add_done_callback(lambda _: self._unfinished.discard(run))
+        return run
 
     def _discard(self, run: Run) -> None:
         if self._runs.pop(run.id, None) is None:
@@ -124,68 +154,17 @@ class Runs:
         self._per_user[record.user] -= 1
         if not self._per_user[record.user]:
             del self._per_user[record.user]
-        if key in self._queues and not self.draining:
-            self._spawn(self._begin_next(key, run))
-
-    def queued(
-        self, user: str, thread_id: str, message_id: str
-    ) -> tuple[QueuedMessage, int] | None:
-        """A waiting message and its position, from 1."""
-        for position, waiting in enumerate(self._queues.get((user, thread_id), ()), 1):
-            if waiting.message_id == message_id:
-                return waiting, position
-        return None
-
-    def has_queue(self, user: str, thread_id: str) -> bool:
-        """Whether messages wait in a thread."""
-        return bool(self._queues.get((user, thread_id)))
-
-    def enqueue(self, user: str, thread_id: str, waiting: QueuedMessage) -> int:
-        """Let a message wait, and give its position, from 1.
-
-        Raises:
-            ThreadBusy: ``CHAT_QUEUE_LIMIT`` messages wait already.
-        """
-        queue = self._queues.setdefault((user, thread_id), deque())
-        if len(queue) >= self._policy.queue_limit:
-            raise ThreadBusy(f"{len(queue)} messages wait in this thread already.")
-        queue.append(waiting)
-        return len(queue)
-
-    def drop_queue(self, user: str, thread_id: str, error: Exception | None = None) -> int:
-        """Forget who waits in a thread, telling them why, and count them."""
-        queue = self._queues.pop((user, thread_id), deque())
-        for waiting in queue:
-            if not waiting.started.done():
-                if error is None:
-                    waiting.started.set_result(None)
-                else:
-                    waiting.started.set_exception(error)
-                    waiting.started.exception()
-        return len(queue)
+        if run.work is not None and not run.work.done():
+            self._leftovers.add(run.work)
+            run.work.add_done_callback(self._leftovers.discard)
+        if self.queues.waiting(*key) and not self.draining:
+            self._begin_operation(self._begin_next(key, run))
 
     async def _begin_next(self, key: ThreadKey, ended: Run) -> None:
         await ended.finished.wait()
         async with self.lock(*key):
-            queue = self._queues.get(key)
-            while queue and key not in self._threads:
-                waiting = queue.popleft()
-                try:
-                    following = await waiting.begin()
-                except Exception as error:
-                    if not waiting.started.done():
-                        waiting.started.set_exception(error)
-                        waiting.started.exception()
-                else:
-                    if not waiting.started.done():
-                        waiting.started.set_result(following)
-            if queue is not None and not queue and self._queues.get(key) is queue:
-                del self._queues[key]
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            while key not in self._threads and (queued := self.queues.pop(*key)) is not None:
+                await queued.begin_now()
 
     async def stop(self, run: Run, message: str = STOPPED_BY_USER) -> None:
         """Stop a run and wait until what it said is stored."""
@@ -194,38 +173,47 @@ class Runs:
 
     async def stop_all(self, user: str) -> None:
         """Stop every run of a user, and drop what waits."""
-        for owner, thread_id in list(self._queues):
-            if owner == user:
-                self.drop_queue(owner, thread_id)
+        self.queues.drop_user(user)
         for run in [run for run in self._runs.values() if run.record.user == user]:
             await self.stop(run)
 
     async def drain(self, seconds: float, *, durable: bool) -> set[str]:
-        """Take no more, let runs end for so long, and store the rest as interrupted.
+        """Take no more, let runs end for so long, and interrupt the rest.
 
-        Gives the ids of those that did not end.
-
-        Runs that wait for a person's approval are left to the next process where the log is
-        ``durable``.
+        Runs that wait for an approval are left to the next process if the log is ``durable``.
+        Returns within ``seconds`` and a little more, whatever a run does, the ids of those runs
+        that did not end.
         """
         self.draining = True
-        for user, thread_id in list(self._queues):
-            self.drop_queue(user, thread_id, ServerDraining())
-        left = [run for run in self._runs.values() if durable and run.waits_for_people]
-        for run in left:
-            run.suspend()
-        living = list(self._runs.values())
-        if living and seconds > 0:
-            waits = [asyncio.ensure_future(run.finished.wait()) for run in living]
-            _, late = await asyncio.wait(waits, timeout=seconds)
-            for wait in late:
-                wait.cancel()
-        for run in living:
-            if durable and run.waits_for_people:
-                left.append(run)
-                run.suspend()
-            else:
+        self.queues.drop_all(ServerDraining())
+        left: set[str] = set()
+        await self._wait(seconds, lambda: self._hand_over(left, durable=durable))
+
+        def interrupt() -> None:
+            self._hand_over(left, durable=durable)
+            for run in list(self._runs.values()):
                 run.interrupt()
-        for run in living:
-            await run.finished.wait()
-        return {run.id for run in left}
+
+        await self._wait(GRACE_SECONDS, interrupt)
+        for run in list(self._unfinished):
+            logger.warning("run %s did not end in time; recovery will store its text", run.id)
+            run.abandon()
+        return left
+
+    def _hand_over(self, left: set[str], *, durable: bool) -> None:
+        for run in list(self._runs.values()):
+            if durable and run.phase is RunPhase.AWAITING_APPROVAL:
+                run.hand_over()
+                left.add(run.id)
+
+    async def _wait(self, seconds: float, meanwhile: Callable[[], None]) -> None:
+        """Wait until nothing is alive; runs that begin meanwhile are seen to as well."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while self._unfinished or self._operations:
+            meanwhile()
+            left = deadline - loop.time()
+            if left <= 0:
+                return
+            alive = [*self._operations, *(run.task for run in self._unfinished if run.task)]
+            await asyncio.wait(alive, timeout=min(left, LOOK_SECONDS))

@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
-from .events import MERGED_CHARS, ContentDelta, End, Event, Numbered, Reasoning, merge
-
-EVENT_WEIGHT = 100
-"""What an event counts for besides its text, so that many small ones are bounded too."""
+from .events import EVENT_WEIGHT, MERGED_CHARS, End, Event, Numbered, merge, weight_of
 
 
 class Tail:
@@ -36,7 +33,7 @@ class Tail:
         """Number and keep the events, wake who waits, and give the newest number."""
         for event in events:
             self._events.append(event)
-            self.size += _weight(event)
+            self.size += weight_of(event)
             if type(event) is End:
                 self.ended = True
         self._wake()
@@ -59,7 +56,7 @@ class Tail:
         """Forget the oldest events, none after ``upto``, until at most ``keep`` characters stay."""
         count = 0
         while self.size > keep and count < len(self._events) and self.first + count <= upto:
-            self.size -= _weight(self._events[count])
+            self.size -= weight_of(self._events[count])
             count += 1
         if count:
             del self._events[:count]
@@ -95,12 +92,6 @@ class Tail:
         for index in range(start, len(self._events)):
             event = self._events[index]
             yield self.first + index, event
-            chars += _weight(event) - EVENT_WEIGHT
+            chars += weight_of(event) - EVENT_WEIGHT
             if chars >= MERGED_CHARS:
                 return
-
-
-def _weight(event: Event) -> int:
-    if isinstance(event, ContentDelta | Reasoning):
-        return EVENT_WEIGHT + len(event.content)
-    return EVENT_WEIGHT

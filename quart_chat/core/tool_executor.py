@@ -1,19 +1,20 @@
-"""The tool calls of one round: run at once, answered in order, some after a person agreed."""
+"""Tool executor: runs the calls of one round side by side, some after a person's approval."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from .events import Event, ToolCalled, ToolProgress, ToolReturned
-from .messages import ToolCall
-from .policy import Policy
+from ..errors import StorageUnavailable
+from .events import Event, ToolCalled, ToolProgress, ToolReturned, weight_of
+from .parts import Parts
 from .ports import RunRecord
-from .tools import Tool, ToolContext, ToolError, as_result, function_schema
+from .toolbox import Toolbox
+from .tools import ToolContext, ToolError, as_result
 
 logger = logging.getLogger("quart_chat.tools")
 
@@ -40,102 +41,62 @@ class ClientResult:
 CallReply = ApprovalReply | ClientResult
 
 
-class Toolbox:
-    """The tools that one message selected, on the server and at the client."""
-
-    def __init__(
-        self, tools: Iterable[Tool] = (), client: Iterable[Mapping[str, Any]] = ()
-    ) -> None:
-        self._server = {tool.name: tool for tool in tools}
-        self._client = {spec["name"]: spec for spec in client}
-
-    def schemas(self) -> list[dict[str, Any]]:
-        """All of them in OpenAI's form."""
-        return [tool.schema() for tool in self._server.values()] + [
-            function_schema(spec["name"], spec["description"], spec["parameters"])
-            for spec in self._client.values()
-        ]
-
-    def get(self, name: str) -> Tool | None:
-        """A tool of the server, or None."""
-        return self._server.get(name)
-
-    def needs(self, call: ToolCall) -> Literal["approval", "client"] | None:
-        """What a call waits for before its result can be there.
-
-        Raises:
-            Exception: Whatever the tool's own predicate raises.
-        """
-        if call.name in self._client:
-            return "client"
-        tool = self._server.get(call.name)
-        return "approval" if tool is not None and tool.asks_first(call.arguments) else None
-
-
 class ToolExecutor:
-    """Runs the calls of one round and appends what happens."""
+    """Runs the calls of one round and appends what happens, each result as soon as it is there.
+
+    ``make_durable`` returns when all that was appended is on disk.
+    """
 
     def __init__(
         self,
         record: RunRecord,
         toolbox: Toolbox,
-        policy: Policy,
+        parts: Parts,
         append: Callable[[Sequence[Event]], None],
+        make_durable: Callable[[], Awaitable[None]],
     ) -> None:
+        self.chars = 0
         self._record = record
         self._toolbox = toolbox
-        self._policy = policy
+        self._policy = parts.policy
+        self._threads = parts.tool_threads
         self._append = append
+        self._make_durable = make_durable
         self._awaited: dict[str, tuple[type[CallReply], asyncio.Future[CallReply]]] = {}
         self._unfinished: dict[str, str | None] = {}
 
     @property
     def waits_for_people(self) -> bool:
-        """Whether nothing but approvals is left to wait for."""
+        """Whether only approvals are left to wait for."""
         return bool(self._unfinished) and set(self._unfinished.values()) == {"approval"}
 
     def answer(self, call_id: str, reply: CallReply) -> bool:
-        """Hand in an approval or a client's result; False where none of that kind is awaited."""
+        """Hand in an approval or a client's result; False if none of that kind is awaited."""
         kind, future = self._awaited.get(call_id, (None, None))
         if future is None or future.done() or not isinstance(reply, kind or ()):
             return False
         future.set_result(reply)
         return True
 
-    def announce(
-        self, calls: Sequence[ToolCall], argument_errors: Mapping[str, str], usage: dict[str, Any]
-    ) -> list[ToolCalled]:
-        """Say what the model asked for, before any of it runs, and log what asking has cost."""
-        announced: list[ToolCalled] = []
-        for call in calls:
-            needs = None
-            if call.id not in argument_errors:
-                try:
-                    needs = self._toolbox.needs(call)
-                except Exception:
-                    logger.exception("the approval predicate of %s failed", call.name)
-                    needs = "approval"
-            cost = None if announced else usage
-            announced.append(ToolCalled(call.id, call.name, call.arguments, needs, cost))
-        self._append(announced)
-        return announced
-
     async def run(
         self, announced: Sequence[ToolCalled], argument_errors: Mapping[str, str]
     ) -> None:
-        """Have every call answered: at once where they can be, in their order."""
+        """Run every call, or have it answered, and return when all have results."""
         self._unfinished = {called.tool_call_id: called.needs for called in announced}
+        loop = asyncio.get_running_loop()
+        for called in announced:
+            if called.needs is not None:
+                kind = ClientResult if called.needs == "client" else ApprovalReply
+                self._awaited[called.tool_call_id] = (kind, loop.create_future())
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._result(called, argument_errors.get(called.tool_call_id)))
-                for called in announced
-            ]
-            for number, task in enumerate(tasks):
-                try:
-                    self._append([await task])
-                except asyncio.CancelledError:
-                    self._append([t.result() for t in tasks[number:] if _succeeded(t)])
-                    raise
+            for called in announced:
+                argument_error = argument_errors.get(called.tool_call_id)
+                group.create_task(self._return_result(called, argument_error))
+
+    async def _return_result(self, called: ToolCalled, argument_error: str | None) -> None:
+        returned = await self._result(called, argument_error)
+        self.chars += weight_of(returned) + weight_of(called)
+        self._append([returned])
 
     async def _result(self, called: ToolCalled, argument_error: str | None) -> ToolReturned:
         try:
@@ -175,7 +136,7 @@ class ToolExecutor:
 
     async def _at_client(self, called: ToolCalled) -> tuple[str, bool]:
         try:
-            reply = await self._reply(called, ClientResult, self._policy.tool_timeout)
+            reply = await self._reply(called, self._policy.tool_timeout)
         except TimeoutError:
             return f"The client gave no result in {self._policy.tool_timeout:g} s.", True
         assert isinstance(reply, ClientResult)
@@ -183,21 +144,27 @@ class ToolExecutor:
 
     async def _refused(self, called: ToolCalled) -> str | None:
         try:
-            reply = await self._reply(called, ApprovalReply, self._policy.approval_timeout)
+            reply = await self._reply(called, self._policy.approval_timeout)
         except TimeoutError:
             return "Nobody approved the call in time; it was not made."
         finally:
             self._unfinished[called.tool_call_id] = None
         assert isinstance(reply, ApprovalReply)
         if reply.approved:
-            # Told, so that after a crash nobody is asked again for what may have been done.
-            self._append([ToolProgress(called.tool_call_id, called.name, APPROVED)])
-            return None
+            return await self._record_approval(called)
         return "The user refused the call." + (f" Reason: {reply.reason}" if reply.reason else "")
 
-    async def _reply(self, called: ToolCalled, kind: type[CallReply], seconds: float) -> CallReply:
-        future: asyncio.Future[CallReply] = asyncio.get_running_loop().create_future()
-        self._awaited[called.tool_call_id] = (kind, future)
+    async def _record_approval(self, called: ToolCalled) -> str | None:
+        """Write the approval down before the tool acts: a crash must not make it act twice."""
+        self._append([ToolProgress(called.tool_call_id, called.name, APPROVED)])
+        try:
+            await self._make_durable()
+        except StorageUnavailable:
+            return "The approval could not be recorded, so the call was not made."
+        return None
+
+    async def _reply(self, called: ToolCalled, seconds: float) -> CallReply:
+        _, future = self._awaited[called.tool_call_id]
         try:
             async with asyncio.timeout(seconds):
                 return await future
@@ -223,8 +190,5 @@ class ToolExecutor:
             self._record.id,
             called.tool_call_id,
             report,
+            self._threads,
         )
-
-
-def _succeeded(task: asyncio.Task[ToolReturned]) -> bool:
-    return task.done() and not task.cancelled() and task.exception() is None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import functools
 import inspect
 import re
-import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints, overload
@@ -16,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import to_json
 
 from ..errors import UnknownTool
+from .tool_threads import ToolThreads
 
 MAX_RESULT_CHARS = 32_768
 """A longer result is cut, and says so."""
@@ -39,6 +37,7 @@ class ToolContext:
     run_id: str
     tool_call_id: str
     _report: Callable[[str], None]
+    _threads: ToolThreads = field(default_factory=ToolThreads, repr=False)
 
     def progress(self, text: str) -> None:
         """Tell who watches how far the tool is; callable from any thread."""
@@ -224,7 +223,7 @@ async def _invoke(
     try:
         if inspect.iscoroutinefunction(function):
             return await function(**given)
-        result = await in_daemon_thread(functools.partial(function, **given))
+        result = await context._threads.run(functools.partial(function, **given))
         return await result if inspect.isawaitable(result) else result
     except (SystemExit, KeyboardInterrupt) as error:
         raise ToolError("The tool tried to end the server.") from error
@@ -236,36 +235,6 @@ def _complaint(error: ValidationError) -> str:
         for e in error.errors(include_url=False)[:10]
     ]
     return "The arguments are not valid. " + "; ".join(lines)
-
-
-async def in_daemon_thread(function: Callable[[], Any]) -> Any:
-    """Run a plain function in a thread that neither a cancelled run nor the exit waits for."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
-    def work() -> None:
-        result: Any = None
-        error: BaseException | None = None
-        try:
-            result = context.run(function)
-        except StopIteration as raised:
-            error = RuntimeError(str(raised))
-        except BaseException as raised:
-            error = raised
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=work, name="quart_chat-tool", daemon=True).start()
-    return await future
 
 
 def as_result(value: Any) -> str:

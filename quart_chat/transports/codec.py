@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import msgpack
 
-from ..core.events import ContentDelta, Event, Numbered, event_fields
+from ..core.events import ContentDelta, Event, Numbered, RoundEnded, event_fields
 from ..core.ports import RunRecord
 from ..errors import ChatError, InvalidMessage, TooLarge
 
@@ -96,7 +96,7 @@ def to_msgpack(value: Mapping[str, Any]) -> bytes:
 
 
 def json_events(record: RunRecord) -> Callable[[Numbered], str]:
-    """An encoder for one run; deltas, nearly all there is, take a short way."""
+    """Return an encoder for one run; it returns nothing for what the protocol does not send."""
     names = f'"thread_id":{encode_basestring(record.thread_id)},"run_id":"{record.id}"'
     head = f'{{"type":"content",{names},"seq":'
 
@@ -104,6 +104,8 @@ def json_events(record: RunRecord) -> Callable[[Numbered], str]:
         seq, event = numbered
         if type(event) is ContentDelta:
             return f'{head}{seq},"content":{encode_basestring(event.content)}}}'
+        if type(event) is RoundEnded:
+            return ""
         return to_json(event_of(record, seq, event))
 
     return encode
@@ -126,6 +128,8 @@ def msgpack_events(record: RunRecord) -> Callable[[Numbered], bytes]:
                     "content": event.content,
                 }
             )
+        if type(event) is RoundEnded:
+            return b""
         return pack(event_of(record, seq, event))
 
     return encode
@@ -138,6 +142,8 @@ def sse_events(record: RunRecord) -> Callable[[Numbered], str]:
     def encode(numbered: Numbered) -> str:
         seq, event = numbered
         data = encode_json(numbered)
+        if not data:
+            return ""
         if event.type in SSE_NAMED:
             return f"id: {record.id}:{seq}\nevent: {event.type}\ndata: {data}\n\n"
         return f"id: {record.id}:{seq}\ndata: {data}\n\n"

@@ -14,7 +14,8 @@ from quart_schema import document_querystring, document_request
 from ..core.commands import SendMessage, is_id, parse
 from ..core.conversation import Queued
 from ..core.messages import User
-from ..core.runs import STOPPED_BY_USER, Subscription
+from ..core.runs import STOPPED_BY_USER
+from ..core.subscription import Subscription
 from ..errors import ChatError, InvalidMessage, NotFound, NothingToResume
 from .codec import decode_json, error_event, sse_events, sse_frame
 from .guard import ConnectionSlot
@@ -232,7 +233,8 @@ class _Stream:
                     yield KEEP_ALIVE
                 else:
                     following = replace(following, after=page[-1][0])
-                    yield "".join(map(encode, page))
+                    if frames := "".join(map(encode, page)):
+                        yield frames
         except ChatError as error:
             yield sse_frame(error_event(error, thread_id=self.thread_id))
         finally:

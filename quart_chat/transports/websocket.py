@@ -25,7 +25,8 @@ from ..core.commands import (
 from ..core.conversation import Queued
 from ..core.messages import User
 from ..core.ports import RunRecord
-from ..core.runs import STOPPED_BY_USER, Subscription
+from ..core.runs import STOPPED_BY_USER
+from ..core.subscription import Subscription
 from ..core.tool_executor import ApprovalReply, ClientResult
 from ..errors import (
     ChatError,
@@ -341,7 +342,8 @@ class _Connection:
                 async with aclosing(self._chat.follow(following)) as pages:
                     async for page in pages:
                         for numbered in page:
-                            await send(encode(numbered))
+                            if frame := encode(numbered):
+                                await send(frame)
         except ChatError as error:
             body = error_event(error, thread_id=record.thread_id, run_id=record.id)
             await send(to_json(body) if text else to_msgpack(body))

@@ -1,47 +1,41 @@
-"""The durable event log: followers read from memory, one task writes for all runs together."""
+"""The durable event log: subscribers read from memory, one task writes for all runs together."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from ...core.events import Event, Numbered, merge
-from ...core.messages import now
+from ...core.events import Event, Numbered
 from ...core.ports import RunRecord
 from ...core.tail import Tail
 from ...errors import NothingToResume, StorageUnavailable
-from .batches import decode, encode
-from .connection import Database, inside
-from .ownership import HEARTBEAT_SECONDS, claim_name, is_dead, release_name
-from .rows import micros
+from .batches import encode
+from .connection import Database
+from .event_store import HEARTBEAT_SECONDS, Batch, EventStore
+from .ownership import claim_name, release_name
 
 logger = logging.getLogger("quart_chat.event_log")
 
 FLUSH_SECONDS = 0.2
 """What a killed process can lose at most; the protocol allows 0.25."""
 
-KEPT_CHARS = 512 * 1024
-PAGE_BYTES = 256 * 1024
-PAGE_ROWS = 500
-SWEEP_RUNS = 100
-CLAIMED_RUNS = 100
+KEPT_BYTES = 512 * 1024
+"""What stays in memory of a run, once it is written."""
 
-INTO_EVENTS = "INSERT INTO chat_events (run_id, last_seq, data)"
-
-CRASH_GAP = 1_000_000
-"""Above every number that a dead process can have sent and not have written."""
+EXPIRED = "The events of this run are not kept any more."
 
 
 @dataclass(eq=False)
 class _Live:
+    """A run of this process; ``abandoned`` if nobody drives it, so its end is not final yet."""
+
     record: RunRecord
     tail: Tail = field(default_factory=Tail)
     written: int = 0
     dirty: bool = False
+    abandoned: bool = False
 
 
 class DatabaseEventLog:
@@ -50,22 +44,22 @@ class DatabaseEventLog:
     durable = True
 
     def __init__(self, database: Database, retention: float) -> None:
-        self._database = database
-        self._retention = retention
+        self.on_available: Callable[[], None] = lambda: None
         self._owner = claim_name()
+        self._store = EventStore(database, self._owner, retention)
         self._live: dict[str, _Live] = {}
+        self._opening: set[str] = set()
         self._dirty: list[_Live] = []
         self._work = asyncio.Event()
         self._hurry = asyncio.Event()
         self._written: asyncio.Future[None] | None = None
-        self._signed_at = 0.0
         self._failures = 0
         self._closing = False
         self._writer: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to write in the background."""
-        self._writer = asyncio.create_task(self._write_for_ever(), name="quart_chat event log")
+        self._writer = asyncio.create_task(self._keep_writing(), name="quart_chat event log")
 
     async def close(self) -> None:
         """Write what is left, and leave to the next process the runs that did not end."""
@@ -75,49 +69,29 @@ class DatabaseEventLog:
         if self._writer is not None:
             await self._writer
         try:
-            await self._release()
+            unwritten = [live.record.id for live in self._live.values() if live.dirty]
+            await self._store.release(unwritten)
         except StorageUnavailable:
             logger.warning("the last events could not be written")
         for live in self._live.values():
             live.tail.close()
         release_name(self._owner)
 
-    @inside
-    async def _release(self) -> None:
-        await self._database.execute(
-            "UPDATE chat_runs SET owner = '' WHERE owner = ? AND ended_at IS NULL", self._owner
-        )
-
-    async def open(self, run: RunRecord, first: Sequence[Event] = ()) -> None:
+    async def open(self, run: RunRecord, first: Sequence[Event]) -> None:
         live = _Live(run)
         live.written = live.tail.append(first)
-        await self._open(run, encode(live.tail.between(0, live.written)))
-        self._live[run.id] = live
+        self._opening.add(run.id)
+        try:
+            await self._store.begin(run, encode(live.tail.between(0, live.written)))
+            self._live[run.id] = live
+        finally:
+            self._opening.discard(run.id)
         self._work.set()
 
-    @inside
-    async def _open(self, run: RunRecord, rows: Sequence[tuple[int, bytes]]) -> None:
-        moment = micros(now())
-        async with self._database.transaction():
-            await self._database.fetch(
-                "INSERT INTO chat_runs (id, user_id, thread_id, user_message_id, message_id, "
-                "owner, seen_at, last_seq, created_at, has_events) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?) RETURNING id",
-                run.id,
-                run.user,
-                run.thread_id,
-                run.user_message_id,
-                run.message_id,
-                self._owner,
-                moment,
-                moment,
-                True,
-            )
-            if rows:
-                await self._database.insert(INTO_EVENTS, [(run.id, *row) for row in rows])
-
     def append(self, run_id: str, events: Sequence[Event]) -> int:
-        live = self._live[run_id]
+        live = self._live.get(run_id)
+        if live is None:
+            return 0
         if not live.dirty:
             self._mark(live)
         return live.tail.append(events)
@@ -139,7 +113,21 @@ class DatabaseEventLog:
             self._hurry.set()
             await asyncio.shield(self._written)
 
-    async def _write_for_ever(self) -> None:
+    def abandon(self, run_id: str) -> None:
+        if (live := self._live.get(run_id)) is not None:
+            live.abandoned = True
+
+    def resume(self, run_id: str) -> None:
+        if (live := self._live.get(run_id)) is not None:
+            live.abandoned = False
+
+    async def settle(self, run_id: str) -> None:
+        await self.flush(run_id)
+        await self._store.end(run_id)
+        if (live := self._live.pop(run_id, None)) is not None:
+            live.tail.close()
+
+    async def _keep_writing(self) -> None:
         while not self._closing or (self._dirty and not self._failures):
             await _wait(self._work, HEARTBEAT_SECONDS if self._live else None)
             if self._dirty:
@@ -150,80 +138,54 @@ class DatabaseEventLog:
             try:
                 await self._write()
             except StorageUnavailable as error:
-                self._failures += 1
-                self._work.set()
-                _settle(waiting, error)
+                self._write_failed(waiting, error)
             except Exception:
                 logger.exception("the event log could not be written")
-                self._failures += 1
-                self._work.set()
-                _settle(waiting, StorageUnavailable())
+                self._write_failed(waiting, StorageUnavailable())
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                self._write_failed(waiting, StorageUnavailable())
+                if task is None or task.cancelling():
+                    raise
             else:
-                self._failures = 0
+                failures, self._failures = self._failures, 0
                 _settle(waiting, None)
+                if failures:
+                    self.on_available()
+
+    def _write_failed(self, waiting: asyncio.Future[None] | None, error: Exception) -> None:
+        self._failures += 1
+        self._work.set()
+        _settle(waiting, error)
 
     def _pause(self) -> float:
         return min(FLUSH_SECONDS * 2.0 ** min(self._failures, 10), HEARTBEAT_SECONDS)
 
     async def _write(self) -> None:
-        """Write what all runs have said since the last time, in one transaction."""
+        """Write what all runs have said since the last time."""
         taken, self._dirty = self._dirty, []
-        batches = [(live, live.tail.last, live.tail.ended) for live in taken]
+        ends = {live.record.id for live in taken if live.tail.ended and not live.abandoned}
+        batches = [self._batch(live, live.record.id in ends) for live in taken]
         for live in taken:
             live.dirty = False
         try:
-            if batches or time.monotonic() - self._signed_at > HEARTBEAT_SECONDS:
-                await self._insert(batches)
+            if batches or (self._live and self._store.heartbeat_is_due):
+                await self._store.write(batches)
         except BaseException:
             for live in taken:
                 if not live.dirty:
                     self._mark(live)
             raise
-        for live, upto, ended in batches:
-            live.written = upto
-            if ended and live.tail.last == upto:
-                self._live.pop(live.record.id, None)
+        for live, batch in zip(taken, batches, strict=True):
+            live.written = batch.upto
+            if batch.ended and live.tail.last == batch.upto:
+                self._live.pop(batch.run_id, None)
             else:
-                live.tail.trim(upto, KEPT_CHARS)
+                live.tail.trim(batch.upto, KEPT_BYTES)
 
-    @inside
-    async def _insert(self, batches: Sequence[tuple[_Live, int, bool]]) -> None:
-        joined, locked = ("group_concat", "")
-        if not self._database.is_sqlite:
-            joined, locked = ("string_agg", " FOR UPDATE")
-        moment = micros(now())
-        async with self._database.transaction():
-            # A run that another process has taken over is not ours to write to any more.
-            found = await self._database.fetch(
-                f"SELECT {joined}(id, ',') AS ids FROM (SELECT id FROM chat_runs "
-                f"WHERE owner = ? AND ended_at IS NULL{locked}) AS mine",
-                self._owner,
-            )
-            mine = {*(found[0]["ids"] or "").split(",")}
-            rows = [
-                (live.record.id, last, data)
-                for live, upto, _ in batches
-                if live.record.id in mine
-                for last, data in encode(live.tail.between(live.written, upto))
-            ]
-            if rows:
-                await self._database.insert(INTO_EVENTS, rows)
-            ends = [
-                (moment, upto, live.record.id)
-                for live, upto, ended in batches
-                if ended and live.record.id in mine
-            ]
-            if ends:
-                await self._database.execute_many(
-                    "UPDATE chat_runs SET ended_at = ?, last_seq = ? WHERE id = ?", ends
-                )
-            if time.monotonic() - self._signed_at > HEARTBEAT_SECONDS:
-                await self._database.execute(
-                    "UPDATE chat_runs SET seen_at = ? WHERE owner = ? AND ended_at IS NULL",
-                    moment,
-                    self._owner,
-                )
-                self._signed_at = time.monotonic()
+    def _batch(self, live: _Live, ended: bool) -> Batch:
+        upto = live.tail.last
+        return Batch(live.record.id, encode(live.tail.between(live.written, upto)), upto, ended)
 
     async def follow(
         self, run_id: str, after: int, *, wait: bool = True
@@ -240,161 +202,67 @@ class DatabaseEventLog:
                     return
                 else:
                     await tail.more(after)
-            elif pages := await self._stored(run_id, after):
+            elif pages := await self._store.read(run_id, after):
                 after = pages[-1][0]
                 yield pages
             elif live is not None:
                 after = live.tail.first - 1
-            else:  # it has ended, or another process lives it
+            else:  # it has ended, or another process drives it
                 over = await self._is_over(run_id) or not wait
                 if not over:
                     await asyncio.sleep(FLUSH_SECONDS)
-                elif not await self._stored(run_id, after):  # nothing came while we asked
+                elif not await self._store.read(run_id, after):  # nothing came meanwhile
                     return
 
     async def _is_over(self, run_id: str) -> bool:
-        row = await self._run(run_id)
+        row = await self._store.run(run_id)
         if row is None or (row["ended_at"] is not None and not row["has_events"]):
-            raise NothingToResume("The events of this run are not kept any more.")
+            raise NothingToResume(EXPIRED)
         return row["ended_at"] is not None
-
-    @inside
-    async def _run(self, run_id: str) -> dict[str, Any] | None:
-        rows = await self._database.fetch("SELECT * FROM chat_runs WHERE id = ?", run_id)
-        return rows[0] if rows else None
-
-    @inside
-    async def _stored(self, run_id: str, after: int) -> list[Numbered]:
-        sizes = await self._database.fetch(
-            "SELECT last_seq, length(data) AS size FROM chat_events "
-            "WHERE run_id = ? AND last_seq > ? ORDER BY last_seq LIMIT ?",
-            run_id,
-            after,
-            PAGE_ROWS,
-        )
-        upto = total = 0
-        for row in sizes:
-            if total and total + row["size"] > PAGE_BYTES:
-                break
-            upto, total = row["last_seq"], total + row["size"]
-        if not upto:
-            return []
-        rows = await self._database.fetch(
-            "SELECT data FROM chat_events WHERE run_id = ? AND last_seq > ? AND last_seq <= ? "
-            "ORDER BY last_seq",
-            run_id,
-            after,
-            upto,
-        )
-        return merge(each for row in rows for each in decode(row["data"], after))
 
     async def find(
         self, user: str, *, run_id: str | None = None, thread_id: str | None = None
     ) -> RunRecord | None:
         live = self._live.get(run_id or "")
-        if live is None:
-            return await self._find(user, run_id, thread_id)
-        record = live.record
-        if record.user != user or thread_id not in (None, record.thread_id):
-            return None
+        if live is not None:
+            record = live.record
+            if record.user != user or thread_id not in (None, record.thread_id):
+                return None
+        else:
+            found = await self._store.find(user, run_id, thread_id)
+            if found is None:
+                return None
+            record, ours = found
+            live = self._live.get(record.id)
+            if live is None:
+                return replace(record, orphaned=ours and not record.ended)
         return replace(record, ended=live.tail.ended, last_seq=live.tail.last)
 
-    @inside
-    async def _find(self, user: str, run_id: str | None, thread_id: str | None) -> RunRecord | None:
-        where, values = "user_id = ?", [user]
-        for column, value in (("id", run_id), ("thread_id", thread_id)):
-            if value is not None:
-                where, values = f"{where} AND {column} = ?", [*values, value]
-        rows = await self._database.fetch(
-            f"SELECT * FROM chat_runs WHERE {where} ORDER BY created_at DESC LIMIT 1", *values
-        )
-        if not rows:
-            return None
-        record = _record(rows[0])
-        return record if record.ended else replace(record, last_seq=await self._last(record.id))
+    async def claim_abandoned(self, skip: Collection[str] = ()) -> Sequence[RunRecord]:
+        known = [live for live in self._live.values() if live.abandoned]
+        records = [
+            replace(live.record, ended=live.tail.ended, last_seq=live.tail.last)
+            for live in known
+            if live.record.id not in skip
+        ]
+        for record, last in await self._store.claim({*self._live, *self._opening}):
+            if record.id in self._live or record.id in self._opening:
+                continue  # it was born while the store looked
+            live = self._live[record.id] = _Live(record, abandoned=True)
+            live.tail.first = last + 1
+            live.written = last
+            records.append(record)
+        return records
 
-    async def _last(self, run_id: str) -> int:
-        rows = await self._database.fetch(
-            "SELECT max(last_seq) AS last FROM chat_events WHERE run_id = ?", run_id
-        )
-        return rows[0]["last"] or 0
-
-    @inside
-    async def claim_abandoned(self) -> Sequence[RunRecord]:
-        rows = await self._database.fetch(
-            "SELECT * FROM chat_runs WHERE ended_at IS NULL AND owner <> ?", self._owner
-        )
-        moment = micros(now())
-        dead = [row for row in rows if is_dead(row["owner"], (moment - row["seen_at"]) / 1e6)]
-        claimed = []
-        for row in dead[:CLAIMED_RUNS]:
-            changed = await self._database.execute(
-                "UPDATE chat_runs SET owner = ?, seen_at = ? "
-                "WHERE id = ? AND owner = ? AND seen_at = ? AND ended_at IS NULL",
-                self._owner,
-                moment,
-                row["id"],
-                row["owner"],
-                row["seen_at"],
-            )
-            if changed:
-                claimed.append(await self._adopt(_record(row), left_on_purpose=not row["owner"]))
-        return claimed
-
-    async def _adopt(self, record: RunRecord, *, left_on_purpose: bool) -> RunRecord:
-        last = await self._last(record.id)
-        live = _Live(record)
-        live.tail.first = last + 1 + (0 if left_on_purpose else CRASH_GAP)
-        live.written = live.tail.first - 1
-        self._live[record.id] = live
-        return record
-
-    async def forget(self, user: str, thread_id: str) -> None:
+    async def forget(self, user: str, thread_id: str | None = None) -> None:
         for run_id, live in list(self._live.items()):
-            if (live.record.user, live.record.thread_id) == (user, thread_id):
+            if live.record.user == user and thread_id in (None, live.record.thread_id):
                 del self._live[run_id]
                 live.tail.close()
-        await self._forget(user, thread_id)
+        await self._store.forget(user, thread_id)
 
-    @inside
-    async def _forget(self, user: str, thread_id: str) -> None:
-        of_thread = "WHERE user_id = ? AND thread_id = ?"
-        async with self._database.transaction():
-            await self._database.execute(
-                f"DELETE FROM chat_events WHERE run_id IN (SELECT id FROM chat_runs {of_thread})",
-                user,
-                thread_id,
-            )
-            await self._database.execute(f"DELETE FROM chat_runs {of_thread}", user, thread_id)
-
-    @inside
-    async def expire(self) -> int:
-        rows = await self._database.fetch(
-            "SELECT id FROM chat_runs WHERE has_events = ? AND ended_at < ? LIMIT ?",
-            True,
-            micros(now()) - int(self._retention * 1e6),
-            SWEEP_RUNS,
-        )
-        ids = [(row["id"],) for row in rows]
-        if ids:
-            async with self._database.transaction():
-                await self._database.execute_many("DELETE FROM chat_events WHERE run_id = ?", ids)
-                await self._database.execute_many(
-                    "UPDATE chat_runs SET has_events = FALSE WHERE id = ?", ids
-                )
-        return len(ids)
-
-
-def _record(row: dict[str, Any]) -> RunRecord:
-    return RunRecord(
-        id=row["id"],
-        user=row["user_id"],
-        thread_id=row["thread_id"],
-        user_message_id=row["user_message_id"],
-        message_id=row["message_id"],
-        ended=row["ended_at"] is not None,
-        last_seq=row["last_seq"],
-    )
+    async def expire(self) -> bool:
+        return await self._store.expire()
 
 
 async def _wait(event: asyncio.Event, seconds: float | None) -> None:

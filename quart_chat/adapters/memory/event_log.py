@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...core.events import Event, Numbered
@@ -12,11 +12,13 @@ from ...core.ports import RunRecord
 from ...core.tail import Tail
 from ...errors import NothingToResume
 
-MAX_LOG_CHARS = 64 * 1024 * 1024
-"""Text of all event logs together; beyond it the logs that ended first go."""
+MAX_LOG_BYTES = 64 * 1024 * 1024
+"""All event logs together take about so much; beyond it the logs that ended first go."""
 
 MAX_EXPIRED = 100_000
 """Runs that are still known after their events have gone."""
+
+EXPIRED = "The events of this run are not kept any more."
 
 
 @dataclass
@@ -24,6 +26,7 @@ class _Log:
     record: RunRecord
     tail: Tail = field(default_factory=Tail)
     ended_at: float = 0.0
+    abandoned: bool = False
 
 
 class MemoryEventLog:
@@ -31,38 +34,57 @@ class MemoryEventLog:
 
     durable = False
 
-    def __init__(self, retention: float, max_chars: int = MAX_LOG_CHARS) -> None:
+    def __init__(self, retention: float, max_bytes: int = MAX_LOG_BYTES) -> None:
+        self.on_available: Callable[[], None] = lambda: None
         self._retention = retention
-        self._max_chars = max_chars
+        self._max_bytes = max_bytes
         self._logs: dict[str, _Log] = {}
         self._expired: OrderedDict[str, RunRecord] = OrderedDict()
         self._ended: OrderedDict[str, _Log] = OrderedDict()
-        self._chars = 0
+        self._bytes = 0
 
-    async def open(self, run: RunRecord, first: Sequence[Event] = ()) -> None:
+    async def open(self, run: RunRecord, first: Sequence[Event]) -> None:
         self._logs[run.id] = _Log(run)
         self.append(run.id, first)
 
     def append(self, run_id: str, events: Sequence[Event]) -> int:
-        log = self._logs[run_id]
+        log = self._logs.get(run_id)
+        if log is None:
+            return 0
         before = log.tail.size
         seq = log.tail.append(events)
-        self._chars += log.tail.size - before
-        if log.tail.ended:
-            log.ended_at = time.monotonic()
-            self._ended[run_id] = log
-        while self._chars > self._max_chars and self._ended:
+        self._bytes += log.tail.size - before
+        if log.tail.ended and not log.abandoned:
+            self._end(log)
+        while self._bytes > self._max_bytes and self._ended:
             self._drop(next(iter(self._ended)))
         return seq
 
+    def _end(self, log: _Log) -> None:
+        log.ended_at = time.monotonic()
+        self._ended[log.record.id] = log
+
     async def flush(self, run_id: str) -> None:
-        """Nothing in memory is durable."""
+        """Return at once: nothing in memory is durable."""
+
+    def abandon(self, run_id: str) -> None:
+        if (log := self._logs.get(run_id)) is not None:
+            log.abandoned = True
+
+    def resume(self, run_id: str) -> None:
+        if (log := self._logs.get(run_id)) is not None:
+            log.abandoned = False
+
+    async def settle(self, run_id: str) -> None:
+        if (log := self._logs.get(run_id)) is not None:
+            log.abandoned = False
+            self._end(log)
 
     async def follow(
         self, run_id: str, after: int, *, wait: bool = True
     ) -> AsyncGenerator[Sequence[Numbered], None]:
         if (log := self._logs.get(run_id)) is None:
-            raise NothingToResume("The events of this run are not kept any more.")
+            raise NothingToResume(EXPIRED)
         tail = log.tail
         while True:
             if after < tail.last:
@@ -95,29 +117,35 @@ class MemoryEventLog:
             return self._expired.get(run_id)
         return replace(log.record, ended=log.tail.ended, last_seq=log.tail.last)
 
-    async def claim_abandoned(self) -> Sequence[RunRecord]:
-        return []
+    async def claim_abandoned(self, skip: Collection[str] = ()) -> Sequence[RunRecord]:
+        return [
+            record
+            for run_id, log in self._logs.items()
+            if log.abandoned and run_id not in skip
+            if (record := self._record(run_id)) is not None
+        ]
 
-    async def forget(self, user: str, thread_id: str) -> None:
+    async def forget(self, user: str, thread_id: str | None = None) -> None:
         for run_id in [*self._expired, *self._logs]:
             record = self._record(run_id)
-            if record is not None and (record.user, record.thread_id) == (user, thread_id):
+            if record is None or record.user != user:
+                continue
+            if thread_id in (None, record.thread_id):
                 self._drop(run_id)
                 self._expired.pop(run_id, None)
 
-    async def expire(self) -> int:
-        count, before = 0, time.monotonic() - self._retention
+    async def expire(self) -> bool:
+        before = time.monotonic() - self._retention
         while self._ended and next(iter(self._ended.values())).ended_at < before:
             self._drop(next(iter(self._ended)))
-            count += 1
-        return count
+        return False
 
     def _drop(self, run_id: str) -> None:
         record = self._record(run_id)
         self._ended.pop(run_id, None)
         if (log := self._logs.pop(run_id, None)) is not None and record is not None:
-            self._chars -= log.tail.size
+            self._bytes -= log.tail.size
             log.tail.close()
-            self._expired[run_id] = record
+            self._expired[run_id] = replace(record, kept=False)
             if len(self._expired) > MAX_EXPIRED:
                 self._expired.popitem(last=False)

@@ -1,0 +1,274 @@
+"""Store of runs and their events: the statements under the durable event log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...core.events import Numbered, merge
+from ...core.messages import now
+from ...core.ports import RunRecord
+from .batches import decode
+from .connection import Database, inside
+from .ownership import is_dead
+from .rows import micros
+
+PAGE_BYTES = 256 * 1024
+PAGE_ROWS = 500
+SWEPT_RUNS = 100
+CLAIMED_RUNS = 100
+
+HEARTBEAT_SECONDS = 5
+"""How often a process that has runs renews its lease on them."""
+
+CRASH_GAP = 1_000_000
+"""Above every number that a dead process can have sent and not have written."""
+
+INTO_EVENTS = "INSERT INTO chat_events (run_id, last_seq, data)"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a run has said since the last write; ``ended`` if that is all."""
+
+    run_id: str
+    rows: Sequence[tuple[int, bytes]]
+    upto: int
+    ended: bool
+
+
+class EventStore:
+    """Rows of ``chat_runs`` and ``chat_events``; ``owner`` names this process's lease."""
+
+    def __init__(self, database: Database, owner: str, retention: float) -> None:
+        self._database = database
+        self._owner = owner
+        self._retention = retention
+        self._beat_at = 0.0
+
+    @inside
+    async def begin(self, run: RunRecord, rows: Sequence[tuple[int, bytes]]) -> None:
+        """Insert a run and its first events; a row of ours that nobody drives begins anew."""
+        moment = micros(now())
+        async with self._database.transaction():
+            inserted = await self._database.fetch(
+                "INSERT INTO chat_runs (id, user_id, thread_id, user_message_id, message_id, "
+                "owner, seen_at, last_seq, created_at, has_events) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?) ON CONFLICT (id) DO NOTHING RETURNING id",
+                run.id,
+                run.user,
+                run.thread_id,
+                run.user_message_id,
+                run.message_id,
+                self._owner,
+                moment,
+                moment,
+                True,
+            )
+            if not inserted:
+                await self._database.execute("DELETE FROM chat_events WHERE run_id = ?", run.id)
+            await self._database.insert(INTO_EVENTS, [(run.id, *row) for row in rows])
+
+    @property
+    def heartbeat_is_due(self) -> bool:
+        """Whether the lease has to be renewed."""
+        return time.monotonic() - self._beat_at > HEARTBEAT_SECONDS
+
+    @inside
+    async def write(self, batches: Sequence[Batch]) -> None:
+        """Write what all runs have said since the last time, in one transaction."""
+        joined, locked = ("group_concat", "")
+        if not self._database.is_sqlite:
+            joined, locked = ("string_agg", " FOR UPDATE")
+        moment, beats = micros(now()), self.heartbeat_is_due
+        async with self._database.transaction():
+            # A run that another process has taken over is not ours to write to any more.
+            found = await self._database.fetch(
+                f"SELECT {joined}(id, ',') AS ids FROM (SELECT id FROM chat_runs "
+                f"WHERE owner = ? AND ended_at IS NULL{locked}) AS mine",
+                self._owner,
+            )
+            mine = {*(found[0]["ids"] or "").split(",")}
+            kept = [batch for batch in batches if batch.run_id in mine]
+            rows = [(batch.run_id, *row) for batch in kept for row in batch.rows]
+            if rows:
+                await self._database.insert(INTO_EVENTS, rows)
+            ends = [(moment, batch.upto, batch.run_id) for batch in kept if batch.ended]
+            if ends:
+                await self._database.execute_many(
+                    "UPDATE chat_runs SET ended_at = ?, last_seq = ? WHERE id = ?", ends
+                )
+            if beats:
+                await self._database.execute(
+                    "UPDATE chat_runs SET seen_at = ? WHERE owner = ? AND ended_at IS NULL",
+                    moment,
+                    self._owner,
+                )
+        if beats:
+            self._beat_at = time.monotonic()
+
+    @inside
+    async def end(self, run_id: str) -> None:
+        """Make a run's end final, with the number of its last event."""
+        await self._database.execute(
+            "UPDATE chat_runs SET ended_at = ?, last_seq = ? WHERE id = ? AND owner = ?",
+            micros(now()),
+            await self._last(run_id),
+            run_id,
+            self._owner,
+        )
+
+    @inside
+    async def release(self, unwritten: Collection[str]) -> None:
+        """Leave the runs that did not end to the next process.
+
+        Those with ``unwritten`` events keep their owner: whoever claims them has to leave a gap.
+        """
+        marks = ", ".join("?" * len(unwritten))
+        await self._database.execute(
+            "UPDATE chat_runs SET owner = '' WHERE owner = ? AND ended_at IS NULL"
+            + (f" AND id NOT IN ({marks})" if unwritten else ""),
+            self._owner,
+            *unwritten,
+        )
+
+    @inside
+    async def run(self, run_id: str) -> dict[str, Any] | None:
+        """Return a run's row."""
+        rows = await self._database.fetch("SELECT * FROM chat_runs WHERE id = ?", run_id)
+        return rows[0] if rows else None
+
+    @inside
+    async def read(self, run_id: str, after: int) -> list[Numbered]:
+        """Return a page of events after a number. Raises UnreadableLog."""
+        sizes = await self._database.fetch(
+            "SELECT last_seq, length(data) AS size FROM chat_events "
+            "WHERE run_id = ? AND last_seq > ? ORDER BY last_seq LIMIT ?",
+            run_id,
+            after,
+            PAGE_ROWS,
+        )
+        upto = total = 0
+        for row in sizes:
+            if total and total + row["size"] > PAGE_BYTES:
+                break
+            upto, total = row["last_seq"], total + row["size"]
+        if not upto:
+            return []
+        rows = await self._database.fetch(
+            "SELECT data FROM chat_events WHERE run_id = ? AND last_seq > ? AND last_seq <= ? "
+            "ORDER BY last_seq",
+            run_id,
+            after,
+            upto,
+        )
+        return merge(each for row in rows for each in decode(row["data"], after))
+
+    @inside
+    async def find(
+        self, user: str, run_id: str | None, thread_id: str | None
+    ) -> tuple[RunRecord, bool] | None:
+        """Return the user's run of that id or the newest of that thread; and whether it is ours."""
+        where, values = "user_id = ?", [user]
+        for column, value in (("id", run_id), ("thread_id", thread_id)):
+            if value is not None:
+                where, values = f"{where} AND {column} = ?", [*values, value]
+        rows = await self._database.fetch(
+            f"SELECT * FROM chat_runs WHERE {where} ORDER BY created_at DESC LIMIT 1", *values
+        )
+        if not rows:
+            return None
+        record = _record(rows[0])
+        if not record.ended:
+            record = replace(record, last_seq=await self._last(record.id))
+        return record, rows[0]["owner"] == self._owner
+
+    async def _last(self, run_id: str) -> int:
+        rows = await self._database.fetch(
+            "SELECT max(last_seq) AS last FROM chat_events WHERE run_id = ?", run_id
+        )
+        return rows[0]["last"] or 0
+
+    @inside
+    async def claim(self, driven: Collection[str]) -> list[tuple[RunRecord, int]]:
+        """Claim runs that nobody drives, each with the number after which it may be written on.
+
+        ``driven`` are this process's own that somebody drives, or that it knows to be abandoned.
+        """
+        rows = await self._database.fetch("SELECT * FROM chat_runs WHERE ended_at IS NULL")
+        moment = micros(now())
+        abandoned = [row for row in rows if self._is_abandoned(row, driven, moment)]
+        claimed = []
+        for row in abandoned[:CLAIMED_RUNS]:
+            last = max(await self._last(row["id"]), row["last_seq"])
+            # The gap is written down: a process that dies before it ends the run must not give
+            # the same numbers again to its successor.
+            last += 0 if not row["owner"] else CRASH_GAP
+            changed = await self._database.execute(
+                "UPDATE chat_runs SET owner = ?, seen_at = ?, last_seq = ? "
+                "WHERE id = ? AND owner = ? AND seen_at = ? AND ended_at IS NULL",
+                self._owner,
+                moment,
+                last,
+                row["id"],
+                row["owner"],
+                row["seen_at"],
+            )
+            if changed:
+                claimed.append((_record(row), last))
+        return claimed
+
+    def _is_abandoned(self, row: dict[str, Any], driven: Collection[str], moment: int) -> bool:
+        if row["owner"] == self._owner:
+            return row["id"] not in driven
+        return is_dead(row["owner"], (moment - row["seen_at"]) / 1e6)
+
+    @inside
+    async def forget(self, user: str, thread_id: str | None) -> None:
+        """Delete the runs of a thread or of a user, and their events."""
+        where, values = "WHERE user_id = ?", [user]
+        if thread_id is not None:
+            where, values = f"{where} AND thread_id = ?", [user, thread_id]
+        async with self._database.transaction():
+            await self._database.execute(
+                f"DELETE FROM chat_events WHERE run_id IN (SELECT id FROM chat_runs {where})",
+                *values,
+            )
+            await self._database.execute(f"DELETE FROM chat_runs {where}", *values)
+
+    @inside
+    async def expire(self) -> bool:
+        """Delete the events of runs that ended long ago, and return whether more are left."""
+        before = micros(now()) - int(self._retention * 1e6)
+        rows = await self._database.fetch(
+            "SELECT id FROM chat_runs WHERE has_events = ? AND ended_at < ? LIMIT ?",
+            True,
+            before,
+            SWEPT_RUNS,
+        )
+        if rows:
+            ids = [row["id"] for row in rows]
+            marks = ", ".join("?" * len(ids))
+            async with self._database.transaction():
+                await self._database.execute(
+                    f"DELETE FROM chat_events WHERE run_id IN ({marks})", *ids
+                )
+                await self._database.execute(
+                    f"UPDATE chat_runs SET has_events = FALSE WHERE id IN ({marks})", *ids
+                )
+        return len(rows) == SWEPT_RUNS
+
+
+def _record(row: dict[str, Any]) -> RunRecord:
+    return RunRecord(
+        id=row["id"],
+        user=row["user_id"],
+        thread_id=row["thread_id"],
+        user_message_id=row["user_message_id"],
+        message_id=row["message_id"],
+        ended=row["ended_at"] is not None,
+        last_seq=row["last_seq"],
+        kept=bool(row["has_events"]),
+    )
