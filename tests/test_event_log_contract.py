@@ -388,7 +388,9 @@ async def test_ended_runs_expire_and_running_ones_do_not(house: House) -> None:
         for after in (0, 1):
             with pytest.raises(NothingToResume):
                 await read(log, ended.id, after)
-        assert await log.find(user, run_id=ended.id) == replace(ended, ended=True, last_seq=2)
+        assert await log.find(user, run_id=ended.id) == replace(
+            ended, ended=True, last_seq=2, kept=False
+        )
         assert await read(log, running.id, wait=False) == [(1, START)]
         assert await log.expire() == 0
         log.append(running.id, [END])

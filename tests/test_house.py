@@ -15,7 +15,16 @@ from quart_chat.core import ports
 
 PACKAGE = Path(quart_chat.__file__).parent
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "migrations" not in p.parts)
-CORE_VALUES = {"messages", "commands", "events", "policy", "tools", "models", "tail", "tool_threads"}
+CORE_VALUES = {
+    "messages",
+    "commands",
+    "events",
+    "policy",
+    "tools",
+    "models",
+    "tail",
+    "tool_threads",
+}
 DOORS = {"extension", "app", "cli", "serving", "__init__", "__main__"}
 
 

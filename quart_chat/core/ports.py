@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Protocol
@@ -110,7 +110,7 @@ class EventLog(Protocol):
 
     durable: bool
 
-    async def open(self, run: RunRecord, first: Sequence[Event]) -> None:
+    async def open(self, run: RunRecord, first: Sequence[Event] = ()) -> None:
         """Begin a run's log with its first events; durable when it returns.
 
         Opening a run again that nobody drives begins its log anew. Raises StorageUnavailable, and
@@ -162,14 +162,17 @@ class EventLog(Protocol):
 class LogMaintenance(Protocol):
     """What recovery, retention and deletion ask of the event log."""
 
-    async def claim_abandoned(self, skip: Collection[str] = ()) -> Sequence[RunRecord]:
-        """Claim runs that nobody drives, here or in a process that is gone, at most a hundred."""
+    async def claim_abandoned(self) -> Sequence[RunRecord]:
+        """Claim runs that nobody drives, here or in a process that is gone.
+
+        Whoever claims a run resumes it, settles it, or abandons it again.
+        """
 
     async def forget(self, user: str, thread_id: str | None = None) -> None:
         """Delete the runs of a thread, or of all the user's threads, and their events."""
 
-    async def expire(self) -> bool:
-        """Delete events beyond their retention, a bounded number; return whether more are left."""
+    async def expire(self) -> int:
+        """Delete events beyond their retention, of a bounded number of runs, and count them."""
 
 
 class RunLog(EventLog, LogMaintenance, Protocol):

@@ -43,21 +43,26 @@ class Recovery:
             StorageUnavailable: The log cannot be asked which there are.
         """
         count = 0
-        seen: set[str] = set()
-        while records := await self._log.claim_abandoned(skip=seen):
-            for record in records:
-                seen.add(record.id)
-                count += await self._settle(record)
+        failed: list[RunRecord] = []
+        try:
+            while records := await self._log.claim_abandoned():
+                for record in records:
+                    if await self._settle(record):
+                        count += 1
+                    else:
+                        failed.append(record)
+        finally:
+            for record in failed:
+                self._log.abandon(record.id)
         return count
 
     async def _settle(self, record: RunRecord) -> bool:
         async with self._runs.lock(record.user, record.thread_id):
             if self._runs.get(record.user, record.id) is not None:
-                return False
+                return True
             try:
                 await self._rescue(record)
             except StorageUnavailable:
-                self._log.abandon(record.id)
                 return False
             except Exception as error:
                 return await self._failed(record, error)
@@ -67,7 +72,6 @@ class Recovery:
     async def _failed(self, record: RunRecord, error: Exception) -> bool:
         self._attempts[record.id] += 1
         logger.error("run %s could not be recovered", record.id, exc_info=error)
-        self._log.abandon(record.id)
         if not isinstance(error, UnreadableLog) and self._attempts[record.id] < MAX_ATTEMPTS:
             return False
         try:

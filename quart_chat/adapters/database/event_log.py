@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...core.events import Event, Numbered
@@ -29,13 +29,17 @@ EXPIRED = "The events of this run are not kept any more."
 
 @dataclass(eq=False)
 class _Live:
-    """A run of this process; ``abandoned`` if nobody drives it, so its end is not final yet."""
+    """A run of this process.
+
+    ``abandoned`` if nobody drives it, ``unsettled`` if its end is not final yet.
+    """
 
     record: RunRecord
     tail: Tail = field(default_factory=Tail)
     written: int = 0
     dirty: bool = False
     abandoned: bool = False
+    unsettled: bool = False
 
 
 class DatabaseEventLog:
@@ -77,7 +81,7 @@ class DatabaseEventLog:
             live.tail.close()
         release_name(self._owner)
 
-    async def open(self, run: RunRecord, first: Sequence[Event]) -> None:
+    async def open(self, run: RunRecord, first: Sequence[Event] = ()) -> None:
         live = _Live(run)
         live.written = live.tail.append(first)
         self._opening.add(run.id)
@@ -115,11 +119,11 @@ class DatabaseEventLog:
 
     def abandon(self, run_id: str) -> None:
         if (live := self._live.get(run_id)) is not None:
-            live.abandoned = True
+            live.abandoned = live.unsettled = True
 
     def resume(self, run_id: str) -> None:
         if (live := self._live.get(run_id)) is not None:
-            live.abandoned = False
+            live.unsettled = False
 
     async def settle(self, run_id: str) -> None:
         await self.flush(run_id)
@@ -164,7 +168,7 @@ class DatabaseEventLog:
     async def _write(self) -> None:
         """Write what all runs have said since the last time."""
         taken, self._dirty = self._dirty, []
-        ends = {live.record.id for live in taken if live.tail.ended and not live.abandoned}
+        ends = {live.record.id for live in taken if live.tail.ended and not live.unsettled}
         batches = [self._batch(live, live.record.id in ends) for live in taken]
         for live in taken:
             live.dirty = False
@@ -238,17 +242,18 @@ class DatabaseEventLog:
                 return replace(record, orphaned=ours and not record.ended)
         return replace(record, ended=live.tail.ended, last_seq=live.tail.last)
 
-    async def claim_abandoned(self, skip: Collection[str] = ()) -> Sequence[RunRecord]:
-        known = [live for live in self._live.values() if live.abandoned]
-        records = [
-            replace(live.record, ended=live.tail.ended, last_seq=live.tail.last)
-            for live in known
-            if live.record.id not in skip
-        ]
+    async def claim_abandoned(self) -> Sequence[RunRecord]:
+        records = []
+        for live in self._live.values():
+            if live.abandoned:
+                live.abandoned = False
+                records.append(replace(live.record, ended=live.tail.ended, last_seq=live.tail.last))
+        if records:
+            return records
         for record, last in await self._store.claim({*self._live, *self._opening}):
             if record.id in self._live or record.id in self._opening:
                 continue  # it was born while the store looked
-            live = self._live[record.id] = _Live(record, abandoned=True)
+            live = self._live[record.id] = _Live(record)
             live.tail.first = last + 1
             live.written = last
             records.append(record)
@@ -261,7 +266,7 @@ class DatabaseEventLog:
                 live.tail.close()
         await self._store.forget(user, thread_id)
 
-    async def expire(self) -> bool:
+    async def expire(self) -> int:
         return await self._store.expire()
 
 

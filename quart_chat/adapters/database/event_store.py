@@ -69,7 +69,8 @@ class EventStore:
             )
             if not inserted:
                 await self._database.execute("DELETE FROM chat_events WHERE run_id = ?", run.id)
-            await self._database.insert(INTO_EVENTS, [(run.id, *row) for row in rows])
+            if rows:
+                await self._database.insert(INTO_EVENTS, [(run.id, *row) for row in rows])
 
     @property
     def heartbeat_is_due(self) -> bool:
@@ -239,8 +240,8 @@ class EventStore:
             await self._database.execute(f"DELETE FROM chat_runs {where}", *values)
 
     @inside
-    async def expire(self) -> bool:
-        """Delete the events of runs that ended long ago, and return whether more are left."""
+    async def expire(self) -> int:
+        """Delete the events of a bounded number of runs that ended long ago, and count them."""
         before = micros(now()) - int(self._retention * 1e6)
         rows = await self._database.fetch(
             "SELECT id FROM chat_runs WHERE has_events = ? AND ended_at < ? LIMIT ?",
@@ -258,7 +259,7 @@ class EventStore:
                 await self._database.execute(
                     f"UPDATE chat_runs SET has_events = FALSE WHERE id IN ({marks})", *ids
                 )
-        return len(rows) == SWEPT_RUNS
+        return len(rows)
 
 
 def _record(row: dict[str, Any]) -> RunRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...core.events import Event, Numbered
@@ -27,6 +27,7 @@ class _Log:
     tail: Tail = field(default_factory=Tail)
     ended_at: float = 0.0
     abandoned: bool = False
+    unsettled: bool = False
 
 
 class MemoryEventLog:
@@ -43,7 +44,7 @@ class MemoryEventLog:
         self._ended: OrderedDict[str, _Log] = OrderedDict()
         self._bytes = 0
 
-    async def open(self, run: RunRecord, first: Sequence[Event]) -> None:
+    async def open(self, run: RunRecord, first: Sequence[Event] = ()) -> None:
         self._logs[run.id] = _Log(run)
         self.append(run.id, first)
 
@@ -54,7 +55,7 @@ class MemoryEventLog:
         before = log.tail.size
         seq = log.tail.append(events)
         self._bytes += log.tail.size - before
-        if log.tail.ended and not log.abandoned:
+        if log.tail.ended and not log.unsettled:
             self._end(log)
         while self._bytes > self._max_bytes and self._ended:
             self._drop(next(iter(self._ended)))
@@ -69,15 +70,15 @@ class MemoryEventLog:
 
     def abandon(self, run_id: str) -> None:
         if (log := self._logs.get(run_id)) is not None:
-            log.abandoned = True
+            log.abandoned = log.unsettled = True
 
     def resume(self, run_id: str) -> None:
         if (log := self._logs.get(run_id)) is not None:
-            log.abandoned = False
+            log.unsettled = False
 
     async def settle(self, run_id: str) -> None:
         if (log := self._logs.get(run_id)) is not None:
-            log.abandoned = False
+            log.unsettled = False
             self._end(log)
 
     async def follow(
@@ -117,12 +118,12 @@ class MemoryEventLog:
             return self._expired.get(run_id)
         return replace(log.record, ended=log.tail.ended, last_seq=log.tail.last)
 
-    async def claim_abandoned(self, skip: Collection[str] = ()) -> Sequence[RunRecord]:
+    async def claim_abandoned(self) -> Sequence[RunRecord]:
+        claimed = [log for log in self._logs.values() if log.abandoned]
+        for log in claimed:
+            log.abandoned = False
         return [
-            record
-            for run_id, log in self._logs.items()
-            if log.abandoned and run_id not in skip
-            if (record := self._record(run_id)) is not None
+            replace(log.record, ended=log.tail.ended, last_seq=log.tail.last) for log in claimed
         ]
 
     async def forget(self, user: str, thread_id: str | None = None) -> None:
@@ -134,11 +135,12 @@ class MemoryEventLog:
                 self._drop(run_id)
                 self._expired.pop(run_id, None)
 
-    async def expire(self) -> bool:
-        before = time.monotonic() - self._retention
+    async def expire(self) -> int:
+        count, before = 0, time.monotonic() - self._retention
         while self._ended and next(iter(self._ended.values())).ended_at < before:
             self._drop(next(iter(self._ended)))
-        return False
+            count += 1
+        return count
 
     def _drop(self, run_id: str) -> None:
         record = self._record(run_id)
