@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -100,14 +101,16 @@ class Conversation:
 
     async def _send(self, user: str, thread_id: str, command: SendMessage) -> Subscription | Queued:
         async with self.runs.lock(user, thread_id):
+            begin = functools.partial(self._begin, user, thread_id, command)
             if command.id is not None:
-                known = await self._known(user, thread_id, command)
-                if known is not None:
-                    return known
-
-            async def begin() -> Subscription:
-                return await self._begin(user, thread_id, command)
-
+                if (waiting := self._retries.queued(user, thread_id, command)) is not None:
+                    return Queued(thread_id, waiting[1], waiting[0])
+                stored = await self._retries.stored(user, thread_id, command)
+                if stored is not None:
+                    subscription = await self._retries.subscription(user, stored)
+                    if subscription is not None:
+                        return subscription
+                    begin = functools.partial(self._answer_again, user, stored, command)
             return await self._in_turn(user, thread_id, begin, command)
 
     async def regenerate(self, user: str, command: Regenerate) -> Subscription | Queued:
@@ -151,36 +154,26 @@ class Conversation:
         self.runs.admit(user)
         return await begin()
 
-    async def _known(
-        self, user: str, thread_id: str, command: SendMessage
-    ) -> Subscription | Queued | None:
-        if (waiting := self._retries.queued(user, thread_id, command)) is not None:
-            queued, position = waiting
-            return Queued(thread_id, position, queued)
-        stored = await self._retries.stored(user, thread_id, command)
-        return None if stored is None else await self._attach(user, stored, command)
-
-    async def _attach(self, user: str, stored: Message, command: SendMessage) -> Subscription:
-        """Follow the run that answers a stored message, or begin it if it was never begun."""
-        record = await self._retries.record(user, stored)
-        if record is not None and not record.orphaned:
-            subscription = await self._retries.subscription(user, stored, record)
-            if subscription is not None:
-                return subscription
-            stored, record = replace(stored, run_id=new_id()), None
-        self.runs.admit(user)
-        return await self._answer(user, stored, command.history, record)
-
     async def _begin(self, user: str, thread_id: str, command: SendMessage) -> Subscription:
         message = self._preparation.message(thread_id, command)
         stored = (await self.storage.add_messages(user, [message], create=True))[0]
         if stored.run_id != message.run_id:  # another process was quicker
             self._retries.check(stored, command)
-            return await self._attach(user, stored, command)
+            known = await self._retries.subscription(user, stored)
+            return known or await self._answer_again(user, stored, command)
         subscription = await self._answer(user, stored, command.history)
         if self._titles is not None and stored.position == 1:
             self._titles.make(user, stored)
         return subscription
+
+    async def _answer_again(
+        self, user: str, question: Message, command: SendMessage
+    ) -> Subscription:
+        """Answer a message that was stored, if its run was never begun or left nothing."""
+        record = await self._retries.record(user, question)
+        if record is not None and not record.orphaned:
+            question, record = replace(question, run_id=new_id()), None
+        return await self._answer(user, question, command.history, record)
 
     async def _answer(
         self,

@@ -105,6 +105,8 @@ class Recovery:
         await self._log.settle(record.id)
 
     async def _resume_run(self, record: RunRecord, state: RunState) -> bool:
+        if self._runs.active(record.user, record.thread_id) is not None:
+            return False  # the conversation has gone on without it
         window = Window(limit=1, order="desc", leaf=record.user_message_id)
         try:
             question = (await self._storage.messages(record.user, record.thread_id, window))[0]

@@ -52,10 +52,19 @@ class Retries:
         """Return the run that answers a stored message; None if none was ever begun."""
         return await self._log.find(user, run_id=question.run_id)
 
-    async def subscription(
+    async def subscription(self, user: str, question: Message) -> Subscription | None:
+        """Return what follows a message's run from its start.
+
+        None if there is no such run, nobody drives it, or nothing of its answer is kept.
+        """
+        record = await self.record(user, question)
+        return None if record is None else await self._following(user, question, record)
+
+    async def _following(
         self, user: str, question: Message, record: RunRecord
     ) -> Subscription | None:
-        """Return what follows a run from its start; None if nothing of its answer is kept."""
+        if record.orphaned:
+            return None
         if record.kept:
             return Subscription(record)
         try:
@@ -65,7 +74,7 @@ class Retries:
         newest = await self._log.find(user, thread_id=question.thread_id)
         if newest is None or newest.user_message_id != question.id or newest.id == record.id:
             return None
-        return await self.subscription(user, question, newest)
+        return await self._following(user, question, newest)
 
     async def _stored_answer(self, user: str, question: Message, record: RunRecord) -> Subscription:
         """Play the answer as four events, if its own events are not kept any more."""

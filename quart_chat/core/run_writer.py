@@ -73,8 +73,8 @@ class RunWriter:
             self.answer_status = state.answer_status
             return events
         if state.calls:
-            missing = missing_results(state.missing)
-            self._log.append(self._record.id, missing)
+            if state.end is None:
+                self._log.append(self._record.id, missing_results(state.missing))
             events += map(MessageStored.from_message, await self.store_calls(status))
             state = self.state
         answer = final_answer(state, self._record, self.parent_id, message_fields(state, status))

@@ -145,8 +145,9 @@ class Runs:
         return run
 
     def _discard(self, run: Run) -> None:
-        if self._runs.pop(run.id, None) is None:
+        if self._runs.get(run.id) is not run:
             return
+        del self._runs[run.id]
         record = run.record
         key = (record.user, record.thread_id)
         if self._threads.get(key) is run:

@@ -30,8 +30,13 @@ class Tail:
         return self.first + len(self._events) - 1
 
     def append(self, events: Sequence[Event]) -> int:
-        """Number and keep the events, wake who waits, and give the newest number."""
+        """Number and keep the events, wake who waits, and return the newest number.
+
+        Nothing comes after ``end``.
+        """
         for event in events:
+            if self.ended:
+                break
             self._events.append(event)
             self.size += weight_of(event)
             if type(event) is End:

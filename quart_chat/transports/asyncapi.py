@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ..core.commands import COMMANDS
-from ..core.events import EVENT_TYPES
+from ..core.events import EVENT_TYPES, RoundEnded
 from .schemas import ErrorDetail, MessageSchema
 
 REFERENCES = "#/components/schemas/{model}"
@@ -77,10 +77,10 @@ def event_schemas(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A JSON schema for every event of a run; what they refer to is added to ``schemas``."""
     found = {}
     for kind, event in EVENT_TYPES.items():
+        if event is RoundEnded:
+            continue
         schema = _schema(event, schemas)
         properties = schema.setdefault("properties", {})
-        if kind == "tool_call":
-            properties.pop("usage")
         if kind == "message":
             schemas["MessageDocument"] = _schema(MessageSchema, schemas)
             properties["message"] = {"$ref": REFERENCES.format(model="MessageDocument")}

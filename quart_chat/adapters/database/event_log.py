@@ -31,7 +31,8 @@ EXPIRED = "The events of this run are not kept any more."
 class _Live:
     """A run of this process.
 
-    ``abandoned`` if nobody drives it, ``unsettled`` if its end is not final yet.
+    ``abandoned`` if nobody drives it, ``unsettled`` if its end is not final yet, ``uncertain`` if
+    the last write failed and may have been done all the same.
     """
 
     record: RunRecord
@@ -40,6 +41,7 @@ class _Live:
     dirty: bool = False
     abandoned: bool = False
     unsettled: bool = False
+    uncertain: bool = False
 
 
 class DatabaseEventLog:
@@ -177,19 +179,21 @@ class DatabaseEventLog:
                 await self._store.write(batches)
         except BaseException:
             for live in taken:
+                live.uncertain = True
                 if not live.dirty:
                     self._mark(live)
             raise
         for live, batch in zip(taken, batches, strict=True):
-            live.written = batch.upto
+            live.written, live.uncertain = batch.upto, False
             if batch.ended and live.tail.last == batch.upto:
                 self._live.pop(batch.run_id, None)
             else:
                 live.tail.trim(batch.upto, KEPT_BYTES)
 
     def _batch(self, live: _Live, ended: bool) -> Batch:
-        upto = live.tail.last
-        return Batch(live.record.id, encode(live.tail.between(live.written, upto)), upto, ended)
+        after, upto = live.written, live.tail.last
+        rows = encode(live.tail.between(after, upto))
+        return Batch(live.record.id, after, rows, upto, ended, live.uncertain)
 
     async def follow(
         self, run_id: str, after: int, *, wait: bool = True

@@ -31,12 +31,17 @@ INTO_EVENTS = "INSERT INTO chat_events (run_id, last_seq, data)"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a run has said since the last write; ``ended`` if that is all."""
+    """What a run has said after event ``after``; ``ended`` if that is all.
+
+    ``uncertain`` if it was tried before, and nobody knows whether it was written.
+    """
 
     run_id: str
+    after: int
     rows: Sequence[tuple[int, bytes]]
     upto: int
     ended: bool
+    uncertain: bool
 
 
 class EventStore:
@@ -93,6 +98,13 @@ class EventStore:
             )
             mine = {*(found[0]["ids"] or "").split(",")}
             kept = [batch for batch in batches if batch.run_id in mine]
+            for batch in kept:
+                if batch.uncertain:
+                    await self._database.execute(
+                        "DELETE FROM chat_events WHERE run_id = ? AND last_seq > ?",
+                        batch.run_id,
+                        batch.after,
+                    )
             rows = [(batch.run_id, *row) for batch in kept for row in batch.rows]
             if rows:
                 await self._database.insert(INTO_EVENTS, rows)
