@@ -72,4 +72,6 @@ async def test_openapi_shows_the_streams_events(server: Server) -> None:
     for method in ("get", "post"):
         answer = found["paths"]["/chat/sse"][method]["responses"]["200"]["content"]
         events = answer["text/event-stream"]["schema"]["oneOf"]
-        assert len(events) == len(EVENT_TYPES) - 1  # the native protocol does not send the end of a round
+        assert (
+            len(events) == len(EVENT_TYPES) - 1
+        )  # the native protocol does not send the end of a round

@@ -40,7 +40,7 @@ class RunRecord:
     kept: bool = True
     """Whether its events are kept still."""
     orphaned: bool = False
-    """Whether it is this process's, and nobody drives it."""
+    """Whether its opening failed here, so that it never began and may be opened again."""
 
 
 class Storage(Protocol):

@@ -44,8 +44,8 @@ class Runs:
         self._threads: dict[ThreadKey, Run] = {}
         self._per_user: Counter[str] = Counter()
         self._locks: dict[ThreadKey, tuple[asyncio.Lock, int]] = {}
-        self._unfinished: set[Run] = set()
-        self._operations: set[asyncio.Task[Any]] = set()
+        self._unfinished: dict[Run, None] = {}
+        self._operations: dict[asyncio.Task[Any], None] = {}
         self._leftovers: set[asyncio.Task[Any]] = set()
 
     def __len__(self) -> int:
@@ -93,12 +93,12 @@ class Runs:
 
     def _begin_operation(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
-        self._operations.add(task)
+        self._operations[task] = None
         task.add_done_callback(self._operation_done)
         return task
 
     def _operation_done(self, task: asyncio.Task[Any]) -> None:
-        self._operations.discard(task)
+        self._operations.pop(task, None)
         if not task.cancelled():
             task.exception()
 
@@ -140,8 +140,8 @@ class Runs:
         self._threads[record.user, record.thread_id] = run
         self._per_user[record.user] += 1
         run.on_finished = self._discard
-        self._unfinished.add(run)
-        run.start(resumed).add_done_callback(lambda _: self._unfinished.discard(run))
+        self._unfinished[run] = None
+        run.start(resumed).add_done_callback(lambda _: self._unfinished.pop(run, None))
         return run
 
     def _discard(self, run: Run) -> None:

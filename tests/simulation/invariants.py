@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from quart_chat.adapters.database.batches import decode
-from quart_chat.core.events import ContentDelta, End, Event, Start
+from quart_chat.core.events import End, Event, Start
 from quart_chat.core.messages import text_of
 from quart_chat.core.ports import Window
-from quart_chat.errors import NotFound
 
 from .workload import DRAIN_SLACK, World, text_of_events
 
@@ -81,6 +80,8 @@ async def _check_messages(world: World, logs: dict[str, list[Numbered]]) -> None
         assert len(ids) == len(set(ids)), f"messages are doubled: {ids}"
         sent = {m for u, t, m in world.acknowledged if (u, t) == (user, thread)}
         assert sent <= set(ids), f"acknowledged messages are lost: {sent - set(ids)}"
+        dropped = {m for u, t, m in world.dropped - world.acknowledged if (u, t) == (user, thread)}
+        assert not dropped & set(ids), f"dropped from the queue and answered: {dropped & set(ids)}"
         answers = _answers(logs, sent)
         for message_id, run_ids in answers.items():
             assert run_ids, f"{message_id} was acknowledged and never answered"
@@ -104,6 +105,3 @@ def _answers(logs: dict[str, list[Numbered]], sent: set[str]) -> dict[str, list[
         if isinstance(start, Start) and start.user_message_id in answers:
             answers[start.user_message_id].append(run_id)
     return answers
-
-
-__all__ = ["ContentDelta", "NotFound", "check"]

@@ -135,7 +135,7 @@ class Process:
         if self._database is not None:
             self._database.dead = True
         while mine := [t for t in asyncio.all_tasks() if self._owns(t)]:
-            for task in mine:
+            for task in sorted(mine, key=lambda t: t.get_name()):
                 task.cancel()
             await asyncio.wait(mine, timeout=1)
         if self._database is not None:

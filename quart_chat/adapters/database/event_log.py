@@ -24,6 +24,9 @@ FLUSH_SECONDS = 0.2
 KEPT_BYTES = 512 * 1024
 """What stays in memory of a run, once it is written."""
 
+MAX_HALF_OPEN = 10_000
+"""Runs whose opening failed, so that nobody knows whether they are in the database."""
+
 EXPIRED = "The events of this run are not kept any more."
 
 
@@ -55,6 +58,7 @@ class DatabaseEventLog:
         self._store = EventStore(database, self._owner, retention)
         self._live: dict[str, _Live] = {}
         self._opening: set[str] = set()
+        self._half_open: dict[str, None] = {}
         self._dirty: list[_Live] = []
         self._work = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -90,6 +94,12 @@ class DatabaseEventLog:
         try:
             await self._store.begin(run, encode(live.tail.between(0, live.written)))
             self._live[run.id] = live
+            self._half_open.pop(run.id, None)
+        except BaseException:
+            self._half_open[run.id] = None
+            if len(self._half_open) > MAX_HALF_OPEN:
+                del self._half_open[next(iter(self._half_open))]
+            raise
         finally:
             self._opening.discard(run.id)
         self._work.set()
@@ -240,10 +250,11 @@ class DatabaseEventLog:
             found = await self._store.find(user, run_id, thread_id)
             if found is None:
                 return None
-            record, ours = found
+            record = found
             live = self._live.get(record.id)
             if live is None:
-                return replace(record, orphaned=ours and not record.ended)
+                orphaned = record.id in self._half_open and not record.ended
+                return replace(record, orphaned=orphaned)
         return replace(record, ended=live.tail.ended, last_seq=live.tail.last)
 
     async def claim_abandoned(self) -> Sequence[RunRecord]:

@@ -180,10 +180,8 @@ class EventStore:
         return merge(each for row in rows for each in decode(row["data"], after))
 
     @inside
-    async def find(
-        self, user: str, run_id: str | None, thread_id: str | None
-    ) -> tuple[RunRecord, bool] | None:
-        """Return the user's run of that id or the newest of that thread; and whether it is ours."""
+    async def find(self, user: str, run_id: str | None, thread_id: str | None) -> RunRecord | None:
+        """Return the user's run of that id, or the newest of that thread."""
         where, values = "user_id = ?", [user]
         for column, value in (("id", run_id), ("thread_id", thread_id)):
             if value is not None:
@@ -194,9 +192,7 @@ class EventStore:
         if not rows:
             return None
         record = _record(rows[0])
-        if not record.ended:
-            record = replace(record, last_seq=await self._last(record.id))
-        return record, rows[0]["owner"] == self._owner
+        return record if record.ended else replace(record, last_seq=await self._last(record.id))
 
     async def _last(self, run_id: str) -> int:
         rows = await self._database.fetch(
