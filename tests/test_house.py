@@ -15,7 +15,7 @@ from quart_chat.core import ports
 
 PACKAGE = Path(quart_chat.__file__).parent
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "migrations" not in p.parts)
-CORE_VALUES = {"messages", "commands", "events", "policy", "tools", "models", "tail"}
+CORE_VALUES = {"messages", "search", "commands", "events", "policy", "tools", "models", "tail"}
 DOORS = {"extension", "app", "cli", "serving", "__init__", "__main__"}
 
 
