@@ -30,8 +30,8 @@ from conftest import (
 )
 from endpoint import END, Endpoint, Exchange, text
 
-from quart_chat.adapters.database.search import query_grams
 from quart_chat.adapters import Stores, stores
+from quart_chat.adapters.database.search import query_grams
 from quart_chat.config import resolve
 from quart_chat.core.messages import Message, Thread
 

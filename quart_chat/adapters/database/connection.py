@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -31,7 +32,7 @@ READ_SECONDS = 5.0
 SEARCH_SECONDS = 2.0
 WAITING_READS = 1000
 WAITING_SEARCHES = 32
-CONNECTION_WAIT = 0.5
+CONNECTION_WAIT = 0.2
 TOO_MANY_CONNECTIONS = "53300"  # SQLSTATE
 
 SEARCH_TOO_LONG = "The search took too long. Use longer words."
@@ -39,6 +40,10 @@ FILE_REPLACED = "The database file was removed or replaced while the server runs
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class OperationRefused(Exception):
+    """What an operation raises for its caller; it passes as it is."""
 
 
 class HasDatabase(Protocol):
@@ -342,26 +347,23 @@ class Database:
 
     async def _patiently(self, statement: Callable[[], Awaitable[R]]) -> R:
         """Run a statement; wait for a connection of ours when the server has no more of them."""
-        async with asyncio.timeout(COMMAND_TIMEOUT) as waiting:
-            while True:
-                self._released.clear()
-                try:
-                    return await statement()
-                except Exception as error:
-                    if not self._may_wait(error):
-                        waiting.reschedule(None)
-                        raise
-                    await _wait(self._released, CONNECTION_WAIT)
-
-    def _may_wait(self, error: Exception) -> bool:
-        return getattr(error, "sqlstate", None) == TOO_MANY_CONNECTIONS and len(self._under_way) > 1
+        until = time.monotonic() + COMMAND_TIMEOUT
+        while True:
+            self._released.clear()
+            try:
+                return await statement()
+            except Exception as error:
+                full = getattr(error, "sqlstate", None) == TOO_MANY_CONNECTIONS
+                if not full or time.monotonic() > until:
+                    raise
+            await _wait(self._released, CONNECTION_WAIT)
 
 
 @contextmanager
 def _readable_errors(too_long: str | None = None) -> Iterator[None]:
     try:
         yield
-    except (ChatError, asyncio.CancelledError):
+    except (ChatError, OperationRefused, asyncio.CancelledError):
         raise
     except Exception as error:
         if isinstance(error, TimeoutError) or str(error) == "interrupted":

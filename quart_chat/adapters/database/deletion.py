@@ -12,7 +12,7 @@ from typing import Any
 
 from ...core.messages import now
 from ...core.search import SEARCHED_CHARS
-from .connection import Database
+from .connection import Database, OperationRefused
 from .rows import micros, within
 from .search import entry_id, grams, remove_entry
 
@@ -25,7 +25,7 @@ STEP_RUNS = 64
 Row = dict[str, Any]
 
 
-class DeletionPending(Exception):
+class DeletionPending(OperationRefused):
     """A thread of this id is marked and not empty yet."""
 
     def __init__(self, row_id: int) -> None:

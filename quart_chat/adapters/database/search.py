@@ -131,20 +131,14 @@ class Search:
             return await self._walk()
         return await self._among(entries)
 
-    async def _entries(self, between: tuple[int, int] | None = None) -> list[int]:
-        """Return the candidates, in a thread or among all; those of all to one over the bound."""
+    async def _entries(self) -> list[int]:
+        """Return the candidates, at most one over the bound."""
+        value: Any = _as_integers(self._numbers)
+        sql = "SELECT id FROM chat_search WHERE grams @> ? LIMIT ?"
         if self._database.is_sqlite:
-            match = " AND ".join(f"{number:x}" for number in self._numbers)
-            sql, values = "SELECT rowid AS id FROM chat_search WHERE chat_search MATCH ?", [match]
-            column = "rowid"
-        else:
-            sql, column = "SELECT id FROM chat_search WHERE grams @> ?", "id"
-            values = [_as_integers(self._numbers)]  # type: ignore[list-item]
-        if between is not None:
-            sql += f" AND {column} BETWEEN ? AND ?"
-        rows = await self._database.fetch(
-            f"{sql} LIMIT ?", *values, *(between or ()), MAX_CANDIDATES + 1
-        )
+            value = " AND ".join(f"{number:x}" for number in self._numbers)
+            sql = "SELECT rowid AS id FROM chat_search WHERE chat_search MATCH ? LIMIT ?"
+        rows = await self._database.fetch(sql, value, MAX_CANDIDATES + 1)
         return [row["id"] for row in rows]
 
     async def _among(self, entries: Sequence[int]) -> list[Thread]:
@@ -179,7 +173,10 @@ class Search:
         return sorted(found, reverse=True)
 
     async def _walk(self) -> list[Thread]:
-        """Look through the user's threads, newest activity first, until enough are found."""
+        """Read the user's texts, newest activity first, until enough threads are found.
+
+        What has too many candidates is common, so that it is found soon.
+        """
         found: list[Thread] = []
         after = self._after
         while True:
@@ -188,21 +185,13 @@ class Search:
                 where, values = f"{where} AND (updated_at, id) < (?, ?)", [self._user, *after]
             rows = await self._rows(where, values, CHUNK)
             for row in rows:
-                if await self._matches(row, await self._positions(row["row_id"])):
+                if await self._matches(row, None):
                     found.append(thread_of(row))
                     if len(found) == self._limit:
                         return found
             if len(rows) < CHUNK:
                 return found
             after = (rows[-1]["updated_at"], rows[-1]["id"])
-
-    async def _positions(self, row_id: int) -> list[int] | None:
-        if not self._numbers:
-            return None
-        entries = await self._entries((entry_id(row_id, 0), entry_id(row_id + 1, 0) - 1))
-        if len(entries) > MAX_CANDIDATES:
-            return None
-        return [entry & (1 << POSITION_BITS) - 1 for entry in entries]
 
     async def _rows(self, where: str, values: Sequence[Any], limit: int) -> list[Row]:
         return await self._database.fetch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +15,18 @@ EXPORT_PAGE = 200
 EXPORT_CHARS = 4 * 1024 * 1024
 ERASED_THREADS = 100
 
+EXPORTED = {
+    "thread": ("chat_threads", ("id",)),
+    "message": ("chat_messages", ("thread_id", "position")),
+    "run": ("chat_runs", ("thread_id", "created_at", "id")),
+}
+"""Tables and the keys of their pages, each an index's columns after the user."""
+
+NOT_DELETED = (
+    " AND NOT EXISTS (SELECT 1 FROM chat_deletions d "
+    "WHERE d.user_id = {table}.user_id AND d.id = {table}.thread_id)"
+)
+
 
 class DatabaseUserData:
     """User data in the tables that ``DatabaseStorage`` and ``DatabaseEventLog`` fill."""
@@ -23,44 +35,40 @@ class DatabaseUserData:
         self._database = database
 
     async def export(self, user: str) -> AsyncGenerator[dict[str, Any], None]:
-        for kind, table in (
-            ("thread", "chat_threads"),
-            ("message", "chat_messages"),
-            ("run", "chat_runs"),
-        ):
-            key = "id" if table == "chat_runs" else "row_id"
-            after: Any = "" if key == "id" else 0
-            while rows := await self._page(table, key, user, after):
+        for kind, (table, keys) in EXPORTED.items():
+            after: list[Any] | None = None
+            while rows := await self._page(table, keys, user, after):
                 for row in rows:
                     yield _exported(kind, row)
-                after = rows[-1][key]
+                after = [rows[-1][key] for key in keys]
 
     @reading
-    async def _page(self, table: str, key: str, user: str, after: Any) -> list[dict[str, Any]]:
-        where, size = f"user_id = ? AND {key} > ?", "1"
+    async def _page(
+        self, table: str, keys: Sequence[str], user: str, after: list[Any] | None
+    ) -> list[dict[str, Any]]:
+        columns, where, values = ", ".join(keys), "user_id = ?", list[Any]([user])
+        if after is not None:
+            where += f" AND ({columns}) > ({', '.join('?' * len(keys))})"
+            values += after
         if table != "chat_threads":
-            where += (
-                " AND NOT EXISTS (SELECT 1 FROM chat_deletions d "
-                f"WHERE d.user_id = {table}.user_id AND d.id = {table}.thread_id)"
-            )
-        if table == "chat_messages":
-            size = MESSAGE_SIZE
+            where += NOT_DELETED.format(table=table)
+        size = MESSAGE_SIZE if table == "chat_messages" else "1"
         sizes = await self._database.fetch(
-            f"SELECT {key}, {size} AS size FROM {table} WHERE {where} ORDER BY {key} LIMIT ?",
-            user,
-            after,
+            f"SELECT {size} AS size FROM {table} WHERE {where} ORDER BY {columns} LIMIT ?",
+            *values,
             EXPORT_PAGE,
         )
         if not sizes:
             return []
-        upto = within(sizes, EXPORT_CHARS)[-1][key]
         return await self._database.fetch(
-            f"SELECT * FROM {table} WHERE {where} AND {key} <= ? ORDER BY {key}", user, after, upto
+            f"SELECT * FROM {table} WHERE {where} ORDER BY {columns} LIMIT ?",
+            *values,
+            len(within(sizes, EXPORT_CHARS)),
         )
 
     async def erase(self, user: str) -> int:
         count = 0
-        while rows := await self._page("chat_threads", "row_id", user, 0):
+        while rows := await self._page("chat_threads", ("id",), user, None):
             for row in rows:
                 count += await self._delete(user, row["id"])
         while left := await self._pending(ERASED_THREADS, user):

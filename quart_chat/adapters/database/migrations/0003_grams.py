@@ -16,6 +16,7 @@ SQLITE = [
 ]
 POSTGRES = [
     "CREATE TABLE chat_search (id BIGINT PRIMARY KEY, grams INTEGER[] NOT NULL)",
+    "CREATE INDEX chat_search_grams ON chat_search USING GIN (grams)",
 ]
 DELETIONS = [
     "CREATE TABLE chat_deletions (row_id BIGINT PRIMARY KEY, user_id VARCHAR(255) NOT NULL, "
@@ -38,10 +39,6 @@ async def forward(apps, schema_editor) -> None:
         await client.execute_query(statement)
     for entries in ENTRIES:
         await _fill(client, sqlite, entries)
-    if not sqlite:
-        await client.execute_query(
-            "CREATE INDEX chat_search_grams ON chat_search USING GIN (grams)"
-        )
 
 
 def _drop_old(sqlite: bool) -> list[str]:
