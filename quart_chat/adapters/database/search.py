@@ -26,7 +26,7 @@ WIDE = "\u2e80"
 POSITION_BITS = 24
 """An entry's id is its thread's row and its message's position; 0 is the title."""
 
-MAX_CANDIDATES = 4000
+MAX_CANDIDATES = 2000
 CHUNK = 100
 TEXTS = 32
 
