@@ -187,7 +187,7 @@ TITLE_SOURCE = 1024
 
 
 def title_from(content: MessageContent) -> str | None:
-    """Return a title made of the beginning of a first message: one line of 80 characters at most."""
+    """Return a title from the beginning of a first message: one line, at most 80 characters."""
     words = " ".join(text_of(content).lstrip()[:TITLE_SOURCE].split())
     if len(words) <= TITLE_CHARS:
         return words or None
