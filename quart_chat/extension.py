@@ -214,7 +214,7 @@ class ChatLifespan:
             return storage, log, user_data
         if (storage, log, user_data) != (None, None, None):
             raise ConfigurationError("Give storage, event_log and archive together, or none.")
-        stores = await adapters.stores(self.settings, stack)
+        stores = await adapters.stores(self.settings, stack, serving=True)
         return stores.storage, stores.log, stores.user_data
 
     async def drain(self, seconds: float) -> None:

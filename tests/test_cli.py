@@ -56,7 +56,7 @@ def test_help_teaches_and_is_light(tmp_path: Path) -> None:
         ([], {"QUART_CHAT_ON_BUSSY": "queue"}, "Did you mean CHAT_ON_BUSY?"),
         ([], {"DATABASE_URL": "mysql://h/d"}, "'mysql' is not known"),
         ([], {"DATABASE_URL": "sqlite:///nowhere/x"}, "the folder of /nowhere/x does not exist"),
-        ([], {"DATABASE_URL": "postgres://127.0.0.1:9/x"}, "the database can not be opened"),
+        ([], {"DATABASE_URL": "postgres://127.0.0.1:9/x"}, "the database cannot be opened"),
         ([], {"QUART_CHAT_DEFAULT_PROVIDER": "groq"}, "Set GROQ_API_KEY to use it"),
         ([], {"QUART_CHAT_LOCAL_MODEL": "missing.gguf"}, "there is no file missing.gguf"),
         (["--tools", "nothing_here"], {}, "the module nothing_here can not be imported"),

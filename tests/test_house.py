@@ -16,14 +16,15 @@ from quart_chat.core import ports
 PACKAGE = Path(quart_chat.__file__).parent
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "migrations" not in p.parts)
 CORE_VALUES = {
-    "messages",
     "commands",
     "events",
-    "policy",
-    "tools",
+    "messages",
     "models",
+    "policy",
+    "search",
     "tail",
     "tool_threads",
+    "tools",
 }
 DOORS = {"extension", "app", "cli", "serving", "__init__", "__main__"}
 

@@ -1,4 +1,4 @@
-"""One contract of the ``Storage`` and ``Archive`` ports, over memory, SQLite and PostgreSQL."""
+"""One contract of the ``Storage`` and ``UserData`` ports, over memory, SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from quart_chat.adapters import Stores, stores
 from quart_chat.config import resolve
 from quart_chat.core.messages import Message, Thread, ToolCall, now
-from quart_chat.core.ports import RunRecord, Window
-from quart_chat.errors import IdConflict, NotFound
+from quart_chat.core.ports import MAX_BRANCHES, RunRecord, Window
+from quart_chat.core.search import SEARCHED_CHARS, contains, pieces
+from quart_chat.errors import IdConflict, InvalidMessage, NotFound
 
 ALL = Window(limit=10_000, branch="all")
 PATH = Window(limit=10_000)
@@ -307,20 +309,14 @@ async def paged(kept: Stores, user: str, window: Window) -> list[str]:
         assert len(page) <= window.limit
         assert page[0] not in found
         found += page
-        window = Window(
-            limit=window.limit,
-            order=window.order,
-            branch=window.branch,
-            leaf=window.leaf,
-            after=page[-1].position,
-        )
+        window = replace(window, after=page[-1].position)
     return [message.id for message in found]
 
 
-async def test_a_path_through_hundreds_of_branches(kept: Stores, user: str) -> None:
+async def test_a_path_through_many_branches(kept: Stores, user: str) -> None:
     """Each message has a sibling, so that every step of the path is a branch of its own."""
     parent, path, chain = None, [], list[Message]()
-    for n in range(600):
+    for n in range(MAX_BRANCHES + 1):
         chain += [said(f"x{n}", parent=parent), said(f"y{n}", parent=parent or "x0")]
         parent = f"y{n}"
         path.append(parent)
@@ -330,6 +326,14 @@ async def test_a_path_through_hundreds_of_branches(kept: Stores, user: str) -> N
     assert await ids(kept, user, Window(limit=5)) == path[:5]
     assert await ids(kept, user, Window(limit=2000)) == path
     assert await ids(kept, user, Window(limit=1000, order="desc")) == path[::-1]
+    await add(kept, user, "on", parent=parent)
+    count = (await kept.storage.thread(user, "t")).message_count
+    edit = [said("on2", parent="on"), said("edit", parent=parent)]
+    with pytest.raises(InvalidMessage):
+        await kept.storage.add_messages(user, edit)
+    assert (await kept.storage.thread(user, "t")).message_count == count
+    assert (await add(kept, user, "on2"))[0].parent_id == "on"
+    await add(kept, user, "other", parent=path[5])
 
 
 async def test_the_newest_window(kept: Stores, user: str) -> None:
@@ -440,6 +444,36 @@ async def test_a_title_is_one_short_line(kept: Stores, user: str) -> None:
     assert (await kept.storage.thread(user, "pictures")).title == "text of n"
 
 
+@pytest.mark.parametrize("branch", ["all", "current"])
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_a_page_ends_with_the_message_that_passes_its_characters(
+    kept: Stores, user: str, branch: Any, order: Any
+) -> None:
+    sizes = [100, 50, 1000, 1, 1, 1, 3000, *([10] * 60)]
+    chain = [said(f"m{n}", content="x" * size) for n, size in enumerate(sizes)]
+    chain[4] = replace(chain[4], content=[{"type": "text", "text": "x" * 500}])
+    chain[5] = replace(chain[5], reasoning="y" * 400)
+    await kept.storage.add_messages(user, chain, create=True)
+    weigh = [*sizes[:4], len('[{"type":"text","text":""}]') + 500, 401, *sizes[6:]]
+    for chars in (0, 149, 150, 151, 1151, 1152, 2079, 2080, 5000, 10_000):
+        found = await kept.storage.messages(
+            user, "t", Window(limit=200, order=order, branch=branch, max_chars=chars)
+        )
+        total, expected = 0, 0
+        for weight in weigh if order == "asc" else weigh[::-1]:
+            total, expected = total + weight, expected + 1
+            if total > chars:
+                break
+        assert len(found) == expected, chars
+        numbers = range(len(sizes)) if order == "asc" else range(len(sizes) - 1, -1, -1)
+        assert [m.id for m in found] == [f"m{n}" for n in numbers][:expected]
+    small = Window(limit=30, order=order, branch=branch, max_chars=10**9)
+    assert len(await kept.storage.messages(user, "t", small)) == 30
+    assert await paged(kept, user, replace(small, max_chars=900)) == [
+        f"m{n}" for n in (range(67) if order == "asc" else range(66, -1, -1))
+    ]
+
+
 async def test_feedback_is_set_and_cleared(kept: Stores, user: str) -> None:
     await add(kept, user, "m", "n")
     feedback = {"score": -1, "comment": "ü"}
@@ -471,6 +505,57 @@ async def test_a_deleted_thread_leaves_nothing(kept: Stores, user: str) -> None:
     assert await ids(kept, user, ALL) == ["m"]
 
 
+async def test_a_thread_comes_back_while_it_is_deleted(kept: Stores, user: str) -> None:
+    chain = [said("m0", content="first life " * 3000)]
+    chain += [said(f"m{n}", parent=f"m{n - 1}", content="old " * 3000) for n in range(1, 120)]
+    await kept.storage.add_messages(user, chain, create=True)
+    deletion = asyncio.ensure_future(kept.storage.delete_thread(user, "t"))
+    await eventually_gone(kept, user)
+    again, made = await asyncio.gather(
+        add(kept, user, "m0"),
+        kept.storage.create_thread(user, Thread(id="t")),
+        return_exceptions=True,
+    )
+    await deletion
+    assert isinstance(again, list)
+    assert isinstance(made, IdConflict | Thread)
+    assert again[0].position == 1
+    assert await ids(kept, user, ALL) == ["m0"]
+    assert await listed(kept, user, "old") == []
+    assert len(await exported(kept, user)) == 2
+
+
+async def eventually_gone(kept: Stores, user: str) -> None:
+    async with asyncio.timeout(20):
+        while await listed(kept, user):
+            await asyncio.sleep(0)
+
+
+async def test_a_deletion_whose_caller_went_away_is_finished_by_a_sweep(
+    kept: Stores, user: str
+) -> None:
+    chain = [said(f"m{n}", content="secret " * 3000) for n in range(100)]
+    await kept.storage.add_messages(user, chain, create=True)
+    deletion = asyncio.ensure_future(kept.storage.delete_thread(user, "t"))
+    await eventually_gone(kept, user)
+    deletion.cancel()
+    await asyncio.gather(deletion, return_exceptions=True)
+    for attempt in (
+        kept.storage.messages(user, "t", Window(limit=1, order="desc", leaf="m99")),
+        kept.storage.set_feedback(user, "t", "m99", {"score": 1}),
+        kept.storage.add_messages(user, [said("n")]),
+    ):
+        with pytest.raises(NotFound):
+            await attempt
+    assert await exported(kept, user) == []
+    assert await listed(kept, user, "secret") == []
+    long_ago = now() - timedelta(days=5000)
+    while await kept.user_data.expire(long_ago, 10) == 10:
+        pass
+    again = await add(kept, user, "m")
+    assert again[0].position == 1
+
+
 async def test_search_finds_words_in_titles_and_text(kept: Stores, user: str) -> None:
     other = unique("user")
     await kept.storage.create_thread(user, Thread(id="titled", title="Sailing to Byzantium"))
@@ -488,11 +573,15 @@ async def test_search_finds_words_in_titles_and_text(kept: Stores, user: str) ->
         "sail heron": [],
         "kingfisher": ["long"],
         "end kingf": ["long"],
+        "fisher": ["long"],
         "ibis heron": ["parts"],
-        "ing": [],
+        "ing": ["long", "titled"],
+        "in": ["long", "titled"],
+        "g": ["long", "titled"],
         "secretword": [],
         "text of": ["plain"],
         "": ["parts", "long", "plain", "titled"],
+        "   ": [],
         "...": [],
         "the nothing": [],
     }.items():
@@ -569,17 +658,102 @@ async def test_search_finds_what_was_written(
         "+ - * /",
     ],
 )
-async def test_operators_of_search_engines_are_plain_words(
+async def test_operators_of_search_engines_are_plain_text(
     kept: Stores, user: str, query: str
 ) -> None:
     await kept.storage.add_messages(user, [said("m", content="alpha beta")], create=True)
-    words = set("".join(c if c.isalnum() else " " for c in query).lower().split())
-    expected = ["t"] if words and words <= {"alpha", "beta"} else []
-    assert await listed(kept, user, query) == expected
+    assert await listed(kept, user, query) == []
     exact = said("m", "exact", content=f"they wrote {query} here")
     await kept.storage.add_messages(user, [exact], create=True)
-    if words - {"²"}:
-        assert "exact" in await listed(kept, user, query)
+    assert await listed(kept, user, query) == ["exact"]
+
+
+@pytest.mark.parametrize(
+    ("text", "query", "absent"),
+    [
+        ("it is 100% done", "100%", "100%%"),
+        ("call a_b now", "a_b", "a-b"),
+        ("def f(x): return", "def f(", "f)"),
+        ("他说你好世界", "你好", "好你"),
+        ("他说你好世界", "界", "国"),
+        ("สวัสดีครับ", "สดี", "ดีส"),
+        ("well done 👍🏽", "👍", "👎"),
+        ("die STRASSE", "straße", "straat"),
+        ("ΟΔΥΣΣΕΥΣ", "οδυσσευς", "οδυσσεα"),
+        ("ПРИВЕТ мир", "привет МИР", "пока"),
+        ("İSTANBUL'DA", "istanbul", "ankara"),
+        ("ISPARTA", "ısparta", "izmir"),
+        ("a C++ and C# book", "c++ c#", "c--"),
+        ("the end.", "d.", "d,"),
+        ("a/b\\c", "b\\c", "b/c"),
+        ("one two", "two one", "one three"),
+        ("tab\tand\nline", "tab line", "tab\tlines"),
+    ],
+)
+async def test_search_in_any_script(
+    kept: Stores, user: str, text: str, query: str, absent: str
+) -> None:
+    await kept.storage.add_messages(user, [said("m", content=text)], create=True)
+    await kept.storage.create_thread(user, Thread(id="titled", title=text))
+    await kept.storage.add_messages(user, [said("m", "other", content="unlike")], create=True)
+    for wanted in (query, query.upper(), query.lower()):
+        assert await listed(kept, user, wanted) == ["titled", "t"], wanted
+    assert await listed(kept, user, absent) == []
+
+
+async def test_all_pieces_are_in_one_message_or_in_the_title(kept: Stores, user: str) -> None:
+    await kept.storage.create_thread(user, Thread(id="t", title="Alpha"))
+    await kept.storage.add_messages(
+        user, [said("m", content="beta gamma"), said("n", content="delta", parent="m")]
+    )
+    assert await listed(kept, user, "gamma bet") == ["t"]
+    for apart in ("alpha beta", "beta delta", "al ga", "b d"):
+        assert await listed(kept, user, apart) == [], apart
+
+
+async def test_a_message_is_searched_in_its_first_64_k(kept: Stores, user: str) -> None:
+    text = "x" * (SEARCHED_CHARS - 5) + "early" + "later"
+    await kept.storage.add_messages(user, [said("m", content=text)], create=True)
+    assert await listed(kept, user, "early") == ["t"]
+    assert await listed(kept, user, "later") == []
+    assert await listed(kept, user, "yl") == []
+
+
+async def test_a_search_comes_in_pages(kept: Stores, user: str) -> None:
+    for n in range(9):
+        await kept.storage.add_messages(
+            user, [said("m", f"t{n}", content=f"needle {n}")], create=True
+        )
+    for query in ("needle", "ee"):
+        found, after = list[str](), None
+        while page := await kept.storage.threads(user, query=query, after=after, limit=2):
+            found += [thread.id for thread in page]
+            after = (page[-1].updated_at, page[-1].id)
+        assert found == [f"t{n}" for n in range(8, -1, -1)]
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    text=st.text("aAbBßẞςσİıiI你好👍_%( \n", min_size=1, max_size=12),
+    start=st.integers(0, 11),
+    length=st.integers(1, 5),
+    other=st.text("aAbBßẞςσİıiI你好👍_%(", min_size=1, max_size=4),
+)
+async def test_every_piece_of_any_text_is_found(
+    kept: Stores, text: str, start: int, length: int, other: str
+) -> None:
+    user = unique("user")
+    await kept.storage.add_messages(user, [said("m", content=text)], create=True)
+    if piece := text[start : start + length].strip():
+        for query in (piece, piece.swapcase()):
+            if "\u0307" not in query:
+                assert await listed(kept, user, query) == ["t"]
+    expected = ["t"] if contains(text, pieces(other)) else []
+    assert await listed(kept, user, other) == expected
 
 
 @settings(

@@ -31,6 +31,7 @@ from conftest import (
 from endpoint import END, Endpoint, Exchange, text
 
 from quart_chat.adapters import Stores, stores
+from quart_chat.adapters.database.search import query_grams
 from quart_chat.config import resolve
 from quart_chat.core.messages import Message, Thread
 
@@ -614,7 +615,8 @@ async def test_a_deleted_thread_with_a_run_in_progress_leaves_no_row(api: Api) -
             assert (await http.get(f"/chat/sse?run_id={run_id}")).status_code == 404
     await refused(api.server, "GET", of(thread), 404, "not_found")
     if api.is_sqlite:
-        match = f"SELECT count(*) FROM chat_message_search WHERE chat_message_search MATCH '{word}'"
+        terms = " AND ".join(f"{number:x}" for number in query_grams("1", [word]))
+        match = f"SELECT count(*) FROM chat_search WHERE chat_search MATCH '{terms}'"
         assert await api.value(match) == 0
     # What is written in the background has been written when a later run's events are there.
     later = await post(api.server, {"content": "later"})
@@ -818,15 +820,17 @@ async def test_search_over_titles_and_text(api: Api) -> None:
         f"user {word}": [by_answer],
         f"about {word}": [by_title],
         f"theirs {word}": [],
-        f'"{word}"': [by_title, by_answer, by_text],
+        f'"{word}"': [],
+        f"bout {word}": [by_title],
         f"{word} OR nothing": [],
         f"NOT {word}": [],
         f"{word} AND run": [],
-        f"{word}*": [by_title, by_answer, by_text],
+        f"{word}*": [],
+        f"{word}s": [by_title],
         f"body:{word}": [],
-        f"'{word}": [by_title, by_answer, by_text],
-        f"{word} & !run": [by_text],
-        f"({word}": [by_title, by_answer, by_text],
+        f"'{word}": [],
+        f"{word} & !run": [],
+        f"({word}": [],
         "\\": [],
         '"': [],
         "%": [],

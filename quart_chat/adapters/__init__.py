@@ -41,11 +41,15 @@ class Stores:
     log: RunLog
 
 
-async def stores(settings: Settings, stack: AsyncExitStack) -> Stores:
+async def stores(
+    settings: Settings, stack: AsyncExitStack, *, create: bool = True, serving: bool = False
+) -> Stores:
     """Open the storage and the event log; the stack closes them.
 
+    Without ``create`` an SQLite file must exist; a process that is ``serving`` warns of another.
+
     Raises:
-        ConfigurationError: The database can not be opened.
+        ConfigurationError: The database cannot be opened.
     """
     if settings.storage == "memory":
         from .memory import MemoryEventLog, MemoryStorage
@@ -58,7 +62,7 @@ async def stores(settings: Settings, stack: AsyncExitStack) -> Stores:
     from .database.user_data import DatabaseUserData
 
     database = Database(settings.database_url)
-    await database.open(migrate=settings.migrate)
+    await database.open(migrate=settings.migrate, create=create, serving=serving)
     stack.push_async_callback(database.close)
     log = DatabaseEventLog(database, settings.event_retention)
     log.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from .messages import now
 from .ports import LogMaintenance, UserData
@@ -15,6 +15,7 @@ logger = logging.getLogger("quart_chat.housekeeping")
 
 SWEEP_SECONDS = 30
 EXPIRED_THREADS = 100
+BEGINNING = datetime(1970, 1, 2, tzinfo=UTC)
 
 
 class Housekeeping:
@@ -71,9 +72,10 @@ class Housekeeping:
         return 0
 
     async def _expire_threads(self) -> int:
-        if self._retention_days is None:
-            return 0
-        before = now() - timedelta(days=self._retention_days)
+        """Delete quiet threads, and what a crash left of threads that were being deleted."""
+        before = BEGINNING
+        if self._retention_days is not None:
+            before = now() - timedelta(days=self._retention_days)
         while await self._user_data.expire(before, EXPIRED_THREADS) >= EXPIRED_THREADS:
             pass
         return 0

@@ -183,11 +183,12 @@ class Thread:
 
 
 TITLE_CHARS = 80
+TITLE_SOURCE = 1024
 
 
 def title_from(content: MessageContent) -> str | None:
-    """A title made of the beginning of a first message: one line, at most 80 characters."""
-    words = " ".join(text_of(content).split())
+    """Return a title from the beginning of a first message: one line, at most 80 characters."""
+    words = " ".join(text_of(content).lstrip()[:TITLE_SOURCE].split())
     if len(words) <= TITLE_CHARS:
         return words or None
     return words[: TITLE_CHARS - 1].rsplit(" ", 1)[0] + "…"

@@ -10,13 +10,17 @@ from typing import Any, Literal, Protocol
 from .events import Event, Numbered
 from .messages import Message, MessageContent, Thread, ToolCall, User
 
+MAX_BRANCHES = 200
+TOO_MANY_BRANCHES = "This path was edited too often. Send the message in a new thread."
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
     """A part of a thread's messages.
 
     With ``branch`` ``"current"`` the path that leads to ``leaf`` (default: the newest message),
-    with ``"all"`` every message. ``after`` is the position where the page before ended.
+    with ``"all"`` every message. ``after`` is the position where the page before ended. A page
+    ends with the message with which its text passes ``max_chars``; it has at least one.
     """
 
     limit: int
@@ -24,6 +28,7 @@ class Window:
     branch: Literal["current", "all"] = "current"
     leaf: str | None = None
     after: int | None = None
+    max_chars: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,11 @@ class Storage(Protocol):
     async def threads(
         self, user: str, *, query: str | None, after: tuple[datetime, str] | None, limit: int
     ) -> Sequence[Thread]:
-        """Threads after (activity, id), newest first; ``query`` searches titles and text."""
+        """Return threads after (activity, id), newest first.
+
+        With ``query`` those that have each of its pieces, split at white space, in their title or
+        in one of their messages, in any case. A message counts up to its first 64 K characters.
+        """
 
     async def thread(self, user: str, thread_id: str) -> Thread:
         """One thread. Raises NotFound."""
@@ -67,7 +76,10 @@ class Storage(Protocol):
         """Set ``title`` or ``metadata``. Raises NotFound."""
 
     async def delete_thread(self, user: str, thread_id: str) -> None:
-        """Delete a thread, its messages and its runs. Raises NotFound."""
+        """Delete a thread, its messages and its runs. Raises NotFound.
+
+        It is out of sight at once, also if the call is cancelled.
+        """
 
     async def add_messages(
         self, user: str, messages: Sequence[Message], *, create: bool = False
@@ -77,7 +89,8 @@ class Storage(Protocol):
         A message whose id the thread has already is not inserted again: the stored one is given.
         The first message without ``parent_id`` continues from the thread's newest message where its
         role is ``user``. With ``create`` the thread is created on first use. Raises NotFound for
-        a thread or parent that is not there.
+        a thread or parent that does not exist, and InvalidMessage if the message's path would
+        pass through more than 200 branches.
         """
 
     async def messages(self, user: str, thread_id: str, window: Window) -> Sequence[Message]:
@@ -90,7 +103,7 @@ class Storage(Protocol):
 
 
 class UserData(Protocol):
-    """All that is kept of one user, and the end of what is kept for long enough."""
+    """Everything stored about one user, and the expiry of old threads."""
 
     def export(self, user: str) -> AsyncGenerator[dict[str, Any], None]:
         """Every thread, message and run of a user, a plain map each."""
@@ -99,7 +112,11 @@ class UserData(Protocol):
         """Delete everything of a user, and give the number of threads."""
 
     async def expire(self, before: datetime, limit: int) -> int:
-        """Delete at most ``limit`` threads without activity since ``before``, and count them."""
+        """Delete at most ``limit`` threads without activity since ``before``, and count them.
+
+        A thread that becomes active meanwhile stays. Deletions that a crash cut short are finished
+        first, and count. If fewer than ``limit`` come back, there is nothing left for now.
+        """
 
 
 class EventLog(Protocol):

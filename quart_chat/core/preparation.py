@@ -100,7 +100,12 @@ class Preparation:
         elif leaf is None and question.parent_id is None:
             newest = [question]
         else:
-            window = Window(limit=policy.history_messages, order="desc", leaf=leaf or question.id)
+            window = Window(
+                limit=policy.history_messages,
+                order="desc",
+                leaf=leaf or question.id,
+                max_chars=policy.history_chars,
+            )
             stored = await self._parts.storage.messages(record.user, record.thread_id, window)
             newest = list(reversed(stored))
         return history_for_provider(newest, policy.history_chars)

@@ -83,6 +83,8 @@ class SimulatedDatabase:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
 
+    read = search = run
+
     async def _run(self, operation: Coroutine[Any, Any, Any]) -> Any:
         fault = draw("disk.fault", 40) if self._disk.faults else 0
         try:

@@ -1,41 +1,57 @@
 """One database of our own, beside whatever Tortoise the host application has.
 
-Tortoise keeps its state in a context variable with one fallback for the whole process, which
-belongs to the host. So ours is entered once inside a context of its own, and every operation runs
-as a task in a copy of it; a copy, because a transaction puts its connection into the context.
+Every operation runs as a task in a copy of our context; a copy, because a transaction puts its
+connection into the context.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import logging
-import os
-import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
 
-from tortoise.context import TortoiseContext
-from tortoise.migrations.executor import MigrationExecutor, MigrationTarget, PlanStep
 from tortoise.transactions import in_transaction
 
+from ...compat.tortoise import KeptContext, migrate, pending_migrations
 from ...errors import ChatError, ConfigurationError, StorageUnavailable
-from .sqlite import SQLite
+from .sqlite import SQLite, SQLiteReader, current
+from .sqlite_file import FileIdentity, ServingLock, locked_folder, probe
+from .urls import APP, COMMAND_TIMEOUT, CONNECTION, tortoise_config
+
+__all__ = [
+    "APP",
+    "CONNECTION",
+    "Database",
+    "database_operation",
+    "reading",
+    "searching",
+    "tortoise_config",
+]
 
 logger = logging.getLogger("quart_chat.database")
 
-CONNECTION = "chat"
-APP = "quart_chat"
 MIGRATION_LOCK = 0x7175617274  # "quart" in ASCII, a key for PostgreSQL's advisory locks
-COMMAND_TIMEOUT = 15
-POOL_SIZE = 10
+OPEN_SECONDS = 30
+READ_SECONDS = 5.0
+SEARCH_SECONDS = 2.0
+WAITING_READS = 1000
+WAITING_SEARCHES = 32
+CONNECTION_WAIT = 0.2
+TOO_MANY_CONNECTIONS = "53300"  # SQLSTATE
+
+SEARCH_TOO_LONG = "The search took too long. Use longer words."
+FILE_REPLACED = "The database file was removed or replaced while the server runs. Restart it."
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class OperationRefused(Exception):
+    """What an operation raises for its caller; it passes as it is."""
 
 
 class HasDatabase(Protocol):
@@ -45,12 +61,11 @@ class HasDatabase(Protocol):
 
 
 S = TypeVar("S", bound=HasDatabase)
+Operation = Callable[Concatenate[S, P], Coroutine[Any, Any, R]]
 
 
-def inside(
-    method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """Let an adapter's method run where our database is the current one; it awaits nothing else."""
+def database_operation(method: Operation[S, P, R]) -> Operation[S, P, R]:
+    """Run an adapter's method where our database is the current one; it awaits nothing else."""
 
     async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self._database.run(method(self, *args, **kwargs))
@@ -58,72 +73,22 @@ def inside(
     return call
 
 
-def tortoise_config(url: str) -> dict[str, Any]:
-    """What Tortoise is told for a database URL.
+def reading(method: Operation[S, P, R]) -> Operation[S, P, R]:
+    """Run an adapter's method that only reads, beside those that write."""
 
-    Raises:
-        ConfigurationError: It is neither SQLite nor PostgreSQL, or its folder is not there.
-    """
-    scheme, _, rest = url.partition("://")
-    if scheme == "sqlite" and rest:
-        engine, credentials = "tortoise.backends.sqlite", _sqlite(rest)
-    elif scheme in ("postgres", "postgresql") and rest:
-        engine, credentials = "tortoise.backends.asyncpg", _postgres(url)
-    else:
-        raise ConfigurationError(
-            f"CHAT_DATABASE_URL: {scheme or url!r} is not known; allowed are sqlite://PATH, "
-            "postgres://… and postgresql://…."
-        )
-    return {
-        "connections": {CONNECTION: {"engine": engine, "credentials": credentials}},
-        "apps": {
-            APP: {
-                "models": ["quart_chat.adapters.database.models"],
-                "default_connection": CONNECTION,
-                "migrations": "quart_chat.adapters.database.migrations",
-            }
-        },
-    }
+    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self._database.read(method(self, *args, **kwargs))
+
+    return call
 
 
-def _sqlite(rest: str) -> dict[str, Any]:
-    path, _, query = rest.partition("?")
-    if path == ":memory:":
-        raise ConfigurationError("CHAT_DATABASE_URL: for memory set CHAT_STORAGE=memory.")
-    if not Path(path).expanduser().absolute().parent.is_dir():
-        raise ConfigurationError(f"CHAT_DATABASE_URL: the folder of {path} does not exist.")
-    pragmas: dict[str, Any] = {
-        "journal_mode": "WAL",
-        "synchronous": "NORMAL",
-        "busy_timeout": 5000,
-    }
-    pragmas |= {k: v for k, v in parse_qsl(query) if re.fullmatch(r"\w+", k + v)}
-    return {"file_path": str(Path(path).expanduser()), **pragmas}
+def searching(method: Operation[S, P, R]) -> Operation[S, P, R]:
+    """Run an adapter's method that searches, within its own bound of time."""
 
+    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self._database.search(method(self, *args, **kwargs))
 
-def _postgres(url: str) -> dict[str, Any]:
-    try:
-        import asyncpg  # noqa: F401
-    except ImportError:
-        raise ConfigurationError(
-            "CHAT_DATABASE_URL: PostgreSQL needs asyncpg. Run: pip install 'quart-chat[postgres]'"
-        ) from None
-    parts = urlsplit(url)
-    options: dict[str, Any] = dict(parse_qsl(parts.query))
-    credentials: dict[str, Any] = {
-        "host": options.pop("host", None) or parts.hostname or "localhost",
-        "port": int(options.pop("port", 0) or parts.port or 5432),
-        "user": options.pop("user", None) or unquote(parts.username or "") or None,
-        "password": options.pop("password", None) or unquote(parts.password or "") or None,
-        "database": unquote(parts.path.lstrip("/")) or options.pop("dbname", None) or "postgres",
-        "minsize": 1,
-        "maxsize": int(options.pop("maxsize", POOL_SIZE)),
-        "command_timeout": COMMAND_TIMEOUT,
-        "application_name": "quart_chat",
-    }
-    if sslmode := options.pop("sslmode", None):
-        credentials["ssl"] = sslmode
-    return credentials
+    return call
 
 
 @functools.lru_cache(maxsize=512)
@@ -139,93 +104,198 @@ class Database:
         self._config = tortoise_config(url)
         self._credentials = self._config["connections"][CONNECTION]["credentials"]
         self._sqlite: SQLite | None = None
+        self._readers: dict[str, SQLiteReader] = {}
+        self._file: FileIdentity | None = None
+        self._lock: ServingLock | None = None
         if url.startswith("sqlite"):
-            pragmas = {k: v for k, v in self._credentials.items() if k != "file_path"}
-            self._sqlite = SQLite(self._credentials["file_path"], pragmas)
-        self._context = TortoiseContext()
-        self._inside = contextvars.copy_context()
+            self._prepare_sqlite(self._credentials["file_path"])
+        self._kept = KeptContext()
         self._under_way: set[asyncio.Task[Any]] = set()
+        self._released = asyncio.Event()
         self._open = False
+        self._warned = False
+
+    def _prepare_sqlite(self, path: str) -> None:
+        pragmas = {k: v for k, v in self._credentials.items() if k != "file_path"}
+        self._sqlite = SQLite(path, pragmas)
+        self._readers = {
+            name: SQLiteReader(path, pragmas, f"sqlite-{name}", seconds=seconds, waiting=waiting)
+            for name, seconds, waiting in (
+                ("read", READ_SECONDS, WAITING_READS),
+                ("search", SEARCH_SECONDS, WAITING_SEARCHES),
+            )
+        }
 
     @property
     def is_sqlite(self) -> bool:
         """Whether statements are written for SQLite."""
         return self._sqlite is not None
 
-    async def open(self, *, migrate: bool = True) -> None:
+    async def open(
+        self, *, migrate: bool = True, create: bool = True, serving: bool = False
+    ) -> None:
         """Connect, and bring the tables up to date.
 
+        Without ``create`` an SQLite file must exist. With ``serving`` a warning names another
+        process that serves the same file.
+
         Raises:
-            ConfigurationError: The database can not be reached or is not ours to use.
+            ConfigurationError: The database cannot be reached or is not ours to use.
         """
-        self._inside.run(self._context.__enter__)
+        if self._sqlite is not None:
+            path = self._credentials["file_path"]
+            await asyncio.to_thread(probe, path, create=create)
+            if serving:
+                self._take_lock(path)
+        self._kept.enter()
         self._open = True
         try:
             await self._in_tortoise(self._start(migrate))
             if self._sqlite is not None:
-                await self._in_tortoise(self._context.close_connections())
-                await self._sqlite.open()
-        except ConfigurationError:
-            await self.close()
-            raise
+                await self._in_tortoise(self._kept.tortoise.close_connections())
+                await self._open_sqlite(self._sqlite)
         except Exception as error:
             await self.close()
-            raise ConfigurationError(
-                f"CHAT_DATABASE_URL: the database can not be opened ({type(error).__name__}: "
-                f"{_first_line(error)})."
-            ) from error
+            if isinstance(error, ConfigurationError):
+                raise
+            raise ConfigurationError(_sentence(error)) from error
+
+    async def _open_sqlite(self, writer: SQLite) -> None:
+        await writer.open()
+        for reader in self._readers.values():
+            await reader.open()
+        self._file = FileIdentity(self._credentials["file_path"])
+
+    def _take_lock(self, path: str) -> None:
+        self._lock = ServingLock(path)
+        if (holder := self._lock.take()) is not None:
+            logger.warning(
+                "Another server (process %s) serves the database %s. Two servers do not see each "
+                "other's answers under way: use one server for an SQLite file.",
+                holder,
+                path,
+            )
 
     async def _in_tortoise(self, work: Coroutine[Any, Any, None]) -> None:
-        await asyncio.create_task(work, context=self._inside)
+        await asyncio.create_task(work, context=self._kept.inside)
 
     async def _start(self, migrate: bool) -> None:
-        await self._context.init(config=self._config)
+        async with asyncio.timeout(OPEN_SECONDS):
+            await self._kept.tortoise.init(config=self._config)
+            await self._client().execute_query("SELECT 1")
         if migrate:
             await self._migrate()
-        elif pending := await self._pending():
-            names = ", ".join(step.migration.name for step in pending)
+        elif pending := await pending_migrations(self._client(), self._config["apps"], APP):
             raise ConfigurationError(
-                f"The database lacks migrations ({names}). Run: quart_chat migrate"
+                f"The database lacks migrations ({', '.join(pending)}). Run: quart_chat migrate"
             )
+
+    async def _migrate(self) -> None:
+        if self._sqlite is not None:
+            async with locked_folder(self._credentials["file_path"]):
+                await self._apply()
+            return
+        async with in_transaction(CONNECTION):
+            await self.fetch("SELECT pg_advisory_xact_lock(?)", MIGRATION_LOCK)
+            await self._apply()
+
+    async def _apply(self) -> None:
+        await migrate(self._client(), self._config["apps"], APP)
 
     async def close(self) -> None:
         """Wait for what is under way, and disconnect."""
+        if self._lock is not None:
+            self._lock.release()
         if not self._open:
             return
         self._open = False
         if self._under_way:
             await asyncio.wait(set(self._under_way), timeout=COMMAND_TIMEOUT)
-        if self._sqlite is not None:
-            await self._sqlite.close()
-        await self._in_tortoise(self._context.close_connections())
-        self._inside.run(self._context.__exit__, None, None, None)
+        for connection in (*self._readers.values(), self._sqlite):
+            if connection is not None:
+                await connection.close()
+        await self._in_tortoise(self._kept.tortoise.close_connections())
+        self._kept.leave()
+
+    def check(self) -> None:
+        """Check that the database is open and its file still the one that was opened.
+
+        Raises:
+            StorageUnavailable: It is not.
+        """
+        if not self._open:
+            raise StorageUnavailable("The database is closed.")
+        if self._file is None:
+            return
+        same = self._file.is_same()
+        if not same and not self._warned:
+            logger.error("%s (%s)", FILE_REPLACED, self._credentials["file_path"])
+        self._warned = not same
+        if not same:
+            raise StorageUnavailable
+
+    def _check(self, operation: Coroutine[Any, Any, Any]) -> None:
+        try:
+            self.check()
+        except StorageUnavailable:
+            operation.close()
+            raise
 
     async def run(self, operation: Coroutine[Any, Any, R]) -> R:
         """Run an operation where our database is the current one.
 
-        It goes on to its end also where the caller is cancelled: a statement is never cut in half.
+        It goes on to its end also when the caller is cancelled: a statement is never cut in half.
 
         Raises:
             StorageUnavailable: The database does not answer, or has no room.
         """
-        if not self._open:
-            operation.close()
-            raise StorageUnavailable("The database is closed.")
-        try:
+        self._check(operation)
+        with _readable_errors():
             if self._sqlite is not None:
                 return await self._sqlite.run(operation)
-            task = asyncio.create_task(operation, context=self._inside.copy())
-            self._under_way.add(task)
-            task.add_done_callback(self._done)
-            return await asyncio.shield(task)
-        except (ChatError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            logger.warning("database: %s: %s", type(error).__name__, _first_line(error))
-            raise StorageUnavailable from error
+            return await asyncio.shield(self._task(operation))
+
+    async def read(self, operation: Coroutine[Any, Any, R]) -> R:
+        """Run an operation that only reads; it ends when the caller is cancelled.
+
+        It sees all that was written before it began, and waits for no operation that writes.
+
+        Raises:
+            StorageUnavailable: The database does not answer in time.
+        """
+        return await self._read(operation, "read", READ_SECONDS)
+
+    async def search(self, operation: Coroutine[Any, Any, R]) -> R:
+        """Run an operation that may read much, within two seconds.
+
+        Raises:
+            StorageUnavailable: It takes longer, or too many wait already.
+        """
+        return await self._read(operation, "search", SEARCH_SECONDS, SEARCH_TOO_LONG)
+
+    async def _read(
+        self,
+        operation: Coroutine[Any, Any, R],
+        reader: str,
+        seconds: float,
+        too_long: str | None = None,
+    ) -> R:
+        self._check(operation)
+        with _readable_errors(too_long):
+            if self._sqlite is not None:
+                return await self._readers[reader].run(operation)
+            async with asyncio.timeout(max(seconds, 0 if too_long else COMMAND_TIMEOUT)):
+                return await self._task(operation)
+
+    def _task(self, operation: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
+        task = asyncio.create_task(operation, context=self._kept.inside.copy())
+        self._under_way.add(task)
+        task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._under_way.discard(task)
+        self._released.set()
         if not task.cancelled():
             task.exception()
 
@@ -233,7 +303,10 @@ class Database:
     async def transaction(self) -> AsyncIterator[None]:
         """Make the statements inside one unit."""
         if self._sqlite is None:
-            async with in_transaction(CONNECTION):
+            transaction = in_transaction(CONNECTION)
+            async with AsyncExitStack() as stack:
+                await self._patiently(transaction.__aenter__)
+                stack.push_async_exit(transaction)
                 yield
             return
         self._sqlite.execute("BEGIN IMMEDIATE", ())
@@ -245,18 +318,21 @@ class Database:
         self._sqlite.execute("COMMIT", ())
 
     async def fetch(self, sql: str, *values: Any) -> list[dict[str, Any]]:
-        """The rows of a statement; ``?`` stands for a value."""
+        """Return the rows of a statement; ``?`` stands for a value."""
         if self._sqlite is not None:
-            return self._sqlite.fetch(sql, values)
-        client = self._context.connections.get(CONNECTION)
-        return await client.execute_query_dict(_numbered(sql), list(values))
+            return current().fetch(sql, values)
+        rows: list[dict[str, Any]] = await self._patiently(
+            lambda: self._client().execute_query_dict(_numbered(sql), _bare(values))
+        )
+        return rows
 
     async def execute(self, sql: str, *values: Any) -> int:
-        """The number of rows that an UPDATE or DELETE changed."""
+        """Return the number of rows that an UPDATE or DELETE changed."""
         if self._sqlite is not None:
             return self._sqlite.execute(sql, values)
-        client = self._context.connections.get(CONNECTION)
-        count, _ = await client.execute_query(_numbered(sql), list(values))
+        count, _ = await self._patiently(
+            lambda: self._client().execute_query(_numbered(sql), _bare(values))
+        )
         return int(count)
 
     async def insert(self, into: str, rows: Sequence[Sequence[Any]]) -> None:
@@ -267,52 +343,66 @@ class Database:
         await self.execute_many(f"{into} VALUES ({', '.join('?' * len(rows[0]))})", rows)
 
     async def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """One statement for many rows."""
+        """Run one statement for many rows."""
         if self._sqlite is not None:
             self._sqlite.execute_many(sql, rows)
             return
-        client = self._context.connections.get(CONNECTION)
-        await client.execute_many(_numbered(sql), [list(row) for row in rows])
+        bare = [_bare(row) for row in rows]
+        await self._patiently(lambda: self._client().execute_many(_numbered(sql), bare))
 
-    def _executor(self) -> MigrationExecutor:
-        client = self._context.connections.get(CONNECTION)
-        return MigrationExecutor(client, self._config["apps"])
+    def _client(self) -> Any:
+        return self._kept.client(CONNECTION)
 
-    async def _pending(self) -> list[PlanStep]:
-        return await self._executor().plan([MigrationTarget(APP, "__latest__")])
-
-    async def _migrate(self) -> None:
-        if self._sqlite is not None:
-            with await asyncio.to_thread(_locked_folder, str(self._credentials["file_path"])):
-                await self._apply()
-            return
-        outside = contextvars.copy_context()
-        async with in_transaction(CONNECTION):
-            await self.fetch("SELECT pg_advisory_xact_lock(?)", MIGRATION_LOCK)
-            await asyncio.create_task(self._apply(), context=outside)
-
-    async def _apply(self) -> None:
-        await self._executor().migrate([MigrationTarget(APP, "__latest__")])
+    async def _patiently(self, statement: Callable[[], Awaitable[R]]) -> R:
+        """Run a statement; wait for a connection of ours when the server has no more of them."""
+        until = time.monotonic() + COMMAND_TIMEOUT
+        while True:
+            self._released.clear()
+            try:
+                return await statement()
+            except Exception as error:
+                full = getattr(error, "sqlstate", None) == TOO_MANY_CONNECTIONS
+                if not full or time.monotonic() > until:
+                    raise
+            await _wait(self._released, CONNECTION_WAIT)
 
 
-class _locked_folder:
-    """Keeps other processes from migrating a file of this folder at the same time."""
+@contextmanager
+def _readable_errors(too_long: str | None = None) -> Iterator[None]:
+    try:
+        yield
+    except (ChatError, OperationRefused, asyncio.CancelledError):
+        raise
+    except Exception as error:
+        if isinstance(error, TimeoutError) or str(error) == "interrupted":
+            raise StorageUnavailable(too_long) from error
+        logger.warning("database: %s: %s", type(error).__name__, _first_line(error))
+        raise StorageUnavailable from error
 
-    def __init__(self, path: str) -> None:
-        self._handle: int | None = None
-        try:
-            import fcntl
-        except ImportError:  # Windows, where one process serves a file
-            return
-        self._handle = os.open(Path(path).absolute().parent, os.O_RDONLY)
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
 
-    def __enter__(self) -> None:
-        return None
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
 
-    def __exit__(self, *_: object) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
+
+def _bare(values: Sequence[Any]) -> list[Any]:
+    """Return values without NUL, which PostgreSQL's text cannot hold."""
+    return [
+        value.replace("\0", "") if isinstance(value, str) and "\0" in value else value
+        for value in values
+    ]
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"CHAT_DATABASE_URL: the database did not answer within {OPEN_SECONDS} seconds."
+    return (
+        f"CHAT_DATABASE_URL: the database cannot be opened ({type(error).__name__}: "
+        f"{_first_line(error)})."
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from ...core.events import Numbered, merge
 from ...core.messages import now
 from ...core.ports import RunRecord
 from .batches import decode
-from .connection import Database, inside
+from .connection import Database, database_operation, reading
 from .ownership import is_dead
 from .rows import micros
 
@@ -53,7 +53,7 @@ class EventStore:
         self._retention = retention
         self._beat_at = 0.0
 
-    @inside
+    @database_operation
     async def begin(self, run: RunRecord, rows: Sequence[tuple[int, bytes]]) -> None:
         """Insert a run and its first events; a row of ours that nobody drives begins anew."""
         moment = micros(now())
@@ -82,7 +82,7 @@ class EventStore:
         """Whether the lease has to be renewed."""
         return time.monotonic() - self._beat_at > HEARTBEAT_SECONDS
 
-    @inside
+    @database_operation
     async def write(self, batches: Sequence[Batch]) -> None:
         """Write what all runs have said since the last time, in one transaction."""
         joined, locked = ("group_concat", "")
@@ -122,7 +122,7 @@ class EventStore:
         if beats:
             self._beat_at = time.monotonic()
 
-    @inside
+    @database_operation
     async def end(self, run_id: str) -> None:
         """Make a run's end final, with the number of its last event."""
         await self._database.execute(
@@ -133,7 +133,7 @@ class EventStore:
             self._owner,
         )
 
-    @inside
+    @database_operation
     async def release(self, unwritten: Collection[str]) -> None:
         """Leave the runs that did not end to the next process.
 
@@ -147,13 +147,13 @@ class EventStore:
             *unwritten,
         )
 
-    @inside
+    @reading
     async def run(self, run_id: str) -> dict[str, Any] | None:
         """Return a run's row."""
         rows = await self._database.fetch("SELECT * FROM chat_runs WHERE id = ?", run_id)
         return rows[0] if rows else None
 
-    @inside
+    @reading
     async def read(self, run_id: str, after: int) -> list[Numbered]:
         """Return a page of events after a number. Raises UnreadableLog."""
         sizes = await self._database.fetch(
@@ -179,7 +179,7 @@ class EventStore:
         )
         return merge(each for row in rows for each in decode(row["data"], after))
 
-    @inside
+    @reading
     async def find(self, user: str, run_id: str | None, thread_id: str | None) -> RunRecord | None:
         """Return the user's run of that id, or the newest of that thread."""
         where, values = "user_id = ?", [user]
@@ -200,7 +200,7 @@ class EventStore:
         )
         return rows[0]["last"] or 0
 
-    @inside
+    @database_operation
     async def claim(self, driven: Collection[str]) -> list[tuple[RunRecord, int]]:
         """Claim runs that nobody drives, each with the number after which it may be written on.
 
@@ -234,7 +234,7 @@ class EventStore:
             return row["id"] not in driven
         return is_dead(row["owner"], (moment - row["seen_at"]) / 1e6)
 
-    @inside
+    @database_operation
     async def forget(self, user: str, thread_id: str | None) -> None:
         """Delete the runs of a thread or of a user, and their events."""
         where, values = "WHERE user_id = ?", [user]
@@ -247,7 +247,7 @@ class EventStore:
             )
             await self._database.execute(f"DELETE FROM chat_runs {where}", *values)
 
-    @inside
+    @database_operation
     async def expire(self) -> int:
         """Delete the events of a bounded number of runs that ended long ago, and count them."""
         before = micros(now()) - int(self._retention * 1e6)

@@ -1,16 +1,32 @@
-"""What the columns of a row mean, and which rows a thread has."""
+"""What the columns of a row mean."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from ...core.messages import Message, MessageContent, Thread, ToolCall
-from .connection import Database
 
+R = TypeVar("R", bound=Mapping[str, Any])
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+MESSAGE_SIZE = (
+    "coalesce(length(parts), length(text)) + coalesce(length(reasoning), 0) "
+    "+ coalesce(length(tool_calls), 0)"
+)
+"""Characters of a message's text, as an expression over its row."""
+
+
+def within(rows: Sequence[R], chars: int) -> Sequence[R]:
+    """Return the first rows, up to and with the one with which their ``size`` passes ``chars``."""
+    for number, row in enumerate(rows, 1):
+        chars -= row["size"]
+        if chars < 0:
+            return rows[:number]
+    return rows
 
 
 def micros(moment: datetime) -> int:
@@ -75,20 +91,3 @@ def message_of(row: Mapping[str, Any]) -> Message:
 def _content(row: Mapping[str, Any]) -> MessageContent:
     parts: list[dict[str, Any]] | None = _load(row["parts"])
     return str(row["text"]) if parts is None else parts
-
-
-async def delete_thread(database: Database, user: str, thread_id: str) -> bool:
-    """Delete a thread and all that belongs to it; gives whether it was there."""
-    of_thread = "WHERE user_id = ? AND thread_id = ?"
-    async with database.transaction():
-        gone = await database.execute(
-            "DELETE FROM chat_threads WHERE user_id = ? AND id = ?", user, thread_id
-        )
-        await database.execute(
-            f"DELETE FROM chat_events WHERE run_id IN (SELECT id FROM chat_runs {of_thread})",
-            user,
-            thread_id,
-        )
-        for table in ("chat_runs", "chat_messages"):
-            await database.execute(f"DELETE FROM {table} {of_thread}", user, thread_id)
-    return gone > 0

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from ...core.messages import Message, Thread, now, text_of, title_from
-from ...core.ports import Window
-from ...errors import IdConflict, NotFound
-from .connection import Database, inside
-from .rows import delete_thread, dump, message_of, micros, thread_of
-from .search import search
-
-MAX_SEGMENTS = 400
-"""SQLite joins at most 500 selects in a statement."""
+from ...core.ports import MAX_BRANCHES, TOO_MANY_BRANCHES, Window
+from ...errors import IdConflict, InvalidMessage, NotFound
+from .connection import Database, database_operation, reading, searching
+from .deletion import DeletionPending, Marked, empty, mark, refuse_pending
+from .pages import BranchPosition, MessagePages, only
+from .rows import dump, micros, thread_of
+from .search import Search, add_entry, entry_id, grams, remove_entry
 
 MESSAGE_COLUMNS = (
     "user_id, thread_id, id, position, branch, lineage, parent_id, run_id, role, text, parts, "
@@ -31,8 +29,7 @@ INSERT_MESSAGE = (
 )
 
 
-BranchPosition = tuple[int, int, str]
-"""Where a message stands: its branch, its position, and its branch's lineage as JSON."""
+R = TypeVar("R")
 
 
 class DatabaseStorage:
@@ -40,89 +37,132 @@ class DatabaseStorage:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._pages = MessagePages(database)
 
-    @inside
     async def create_thread(self, user: str, thread: Thread) -> Thread:
-        rows = await self._database.fetch(
-            "INSERT INTO chat_threads (user_id, id, title, metadata, message_count, newest_branch, "
-            "newest_lineage, created_at, updated_at) VALUES (?, ?, ?, ?, 0, 1, '[]', ?, ?) "
-            "ON CONFLICT (user_id, id) DO NOTHING RETURNING row_id",
-            user,
-            thread.id,
-            thread.title,
-            dump(thread.metadata),
-            micros(thread.created_at),
-            micros(thread.updated_at),
+        return await self._after_deletion(
+            user, thread.id, lambda: self._create_thread(user, thread)
         )
-        if not rows:
-            raise IdConflict(f"There is a thread {thread.id!r} already.")
+
+    async def _after_deletion(
+        self, user: str, thread_id: str, work: Callable[[], Awaitable[R]]
+    ) -> R:
+        """Do the work; if a thread of this id is being deleted, when it is gone."""
+        while True:
+            try:
+                return await work()
+            except DeletionPending as pending:
+                await empty(self._database, Marked(pending.row_id, user, thread_id))
+
+    @database_operation
+    async def _create_thread(self, user: str, thread: Thread) -> Thread:
+        async with self._database.transaction():
+            rows = await self._database.fetch(
+                "INSERT INTO chat_threads (user_id, id, title, metadata, message_count, "
+                "newest_branch, newest_lineage, created_at, updated_at) "
+                "VALUES (?, ?, ?, ?, 0, 1, '[]', ?, ?) "
+                "ON CONFLICT (user_id, id) DO NOTHING RETURNING row_id",
+                user,
+                thread.id,
+                thread.title,
+                dump(thread.metadata),
+                micros(thread.created_at),
+                micros(thread.updated_at),
+            )
+            if not rows:
+                raise IdConflict(f"There is a thread {thread.id!r} already.")
+            await refuse_pending(self._database, user, thread.id)
+            title = grams(user, thread.title or "")
+            await add_entry(self._database, entry_id(rows[0]["row_id"], 0), title)
         return thread
 
-    @inside
     async def threads(
         self, user: str, *, query: str | None, after: tuple[datetime, str] | None, limit: int
     ) -> Sequence[Thread]:
-        where: list[str] = ["t.user_id = ?"]
-        values: list[Any] = [user]
         if query:
-            words = re.findall(r"\w+", query.lower())
-            if not words:
-                return []
-            condition, searched = search(self._database, user, words)
-            where.append(condition)
-            values += searched
+            return await self._search(user, query, after, limit)
+        return await self._list(user, after, limit)
+
+    @searching
+    async def _search(
+        self, user: str, query: str, after: tuple[datetime, str] | None, limit: int
+    ) -> Sequence[Thread]:
+        return await Search(self._database, user, query, after, limit).threads()
+
+    @reading
+    async def _list(
+        self, user: str, after: tuple[datetime, str] | None, limit: int
+    ) -> Sequence[Thread]:
+        where, values = "user_id = ?", list[Any]([user])
         if after is not None:
-            where.append("(t.updated_at, t.id) < (?, ?)")
+            where += " AND (updated_at, id) < (?, ?)"
             values += [micros(after[0]), after[1]]
         rows = await self._database.fetch(
-            f"SELECT t.* FROM chat_threads t WHERE {' AND '.join(where)} "
-            "ORDER BY t.updated_at DESC, t.id DESC LIMIT ?",
+            f"SELECT * FROM chat_threads WHERE {where} ORDER BY updated_at DESC, id DESC LIMIT ?",
             *values,
             limit,
         )
         return [thread_of(row) for row in rows]
 
-    @inside
+    @reading
     async def thread(self, user: str, thread_id: str) -> Thread:
-        return thread_of(await self._thread_row(user, thread_id))
+        return thread_of(await self._pages.thread_row(user, thread_id))
 
-    async def _thread_row(self, user: str, thread_id: str) -> dict[str, Any]:
-        rows = await self._database.fetch(
-            "SELECT * FROM chat_threads WHERE user_id = ? AND id = ?", user, thread_id
-        )
-        return _only(rows, "There is no such thread.")
-
-    @inside
+    @database_operation
     async def update_thread(
         self, user: str, thread_id: str, changes: Mapping[str, Any], *, only_untitled: bool = False
     ) -> Thread:
-        if changes:
-            columns = ", ".join(f"{name} = ?" for name in ("title", "metadata") if name in changes)
-            values = [changes["title"]] if "title" in changes else []
-            values += [dump(changes["metadata"])] if "metadata" in changes else []
-            await self._database.execute(
-                f"UPDATE chat_threads SET {columns} WHERE user_id = ? AND id = ?"
-                + (" AND title IS NULL" if only_untitled else ""),
-                *values,
-                user,
-                thread_id,
+        async with self._database.transaction():
+            row = await self._pages.thread_row(
+                user, thread_id, "" if self._database.is_sqlite else " FOR UPDATE"
             )
-        return thread_of(await self._thread_row(user, thread_id))
+            if changes and not (only_untitled and row["title"] is not None):
+                await self._change_thread(user, row, changes)
+                row = await self._pages.thread_row(user, thread_id)
+        return thread_of(row)
 
-    @inside
+    async def _change_thread(
+        self, user: str, row: Mapping[str, Any], changes: Mapping[str, Any]
+    ) -> None:
+        values = {name: changes[name] for name in ("title", "metadata") if name in changes}
+        if "metadata" in values:
+            values["metadata"] = dump(values["metadata"])
+        columns = ", ".join(f"{name} = ?" for name in values)
+        await self._database.execute(
+            f"UPDATE chat_threads SET {columns} WHERE row_id = ?", *values.values(), row["row_id"]
+        )
+        if "title" in values and values["title"] != row["title"]:
+            entry = entry_id(row["row_id"], 0)
+            await remove_entry(self._database, entry, grams(user, row["title"] or ""))
+            await add_entry(self._database, entry, grams(user, values["title"] or ""))
+
     async def delete_thread(self, user: str, thread_id: str) -> None:
-        if not await delete_thread(self._database, user, thread_id):
+        if (marked := await self._mark(user, thread_id)) is None:
             raise NotFound("There is no such thread.")
+        await empty(self._database, marked)
 
-    @inside
+    @database_operation
+    async def _mark(self, user: str, thread_id: str) -> Marked | None:
+        return await mark(self._database, user, thread_id)
+
     async def add_messages(
         self, user: str, messages: Sequence[Message], *, create: bool = False
+    ) -> Sequence[Message]:
+        return await self._after_deletion(
+            user, messages[0].thread_id, lambda: self._add_messages(user, messages, create)
+        )
+
+    @database_operation
+    async def _add_messages(
+        self, user: str, messages: Sequence[Message], create: bool
     ) -> Sequence[Message]:
         thread_id = messages[0].thread_id
         moment = micros(now())
         async with self._database.transaction():
             thread = await self._touch(user, thread_id, moment, create)
             count, preview = thread["message_count"], thread["preview"]
+            if create and not count:
+                await refuse_pending(self._database, user, thread_id)
             newest_id = thread["newest_id"]
             place: BranchPosition = (thread["newest_branch"], count, thread["newest_lineage"])
             stored: list[Message] = []
@@ -135,10 +175,12 @@ class DatabaseStorage:
                 )
                 message = replace(message, parent_id=parent_id, position=count + 1)
                 if not await self._insert(user, message, branch, lineage):
-                    stored.append(await self._get(user, thread_id, message.id))
+                    stored.append(await self._pages.message(user, thread_id, message.id))
                     continue
                 stored.append(message)
                 count += 1
+                entry, text = entry_id(thread["row_id"], count), text_of(message.content)
+                await add_entry(self._database, entry, grams(user, text))
                 newest_id, place = message.id, (branch, count, lineage)
                 if preview is None and message.role == "user":
                     preview = title_from(message.content)
@@ -177,7 +219,7 @@ class DatabaseStorage:
                 user,
                 thread_id,
             )
-        return _only(rows, "There is no such thread.")
+        return only(rows, "There is no such thread.")
 
     async def _branch(
         self,
@@ -193,7 +235,7 @@ class DatabaseStorage:
             return position, "[]"
         if parent_id == newest_id:
             return newest[0], newest[2]
-        branch, parent_position, lineage = await self._place(user, thread_id, parent_id)
+        branch, parent_position, lineage = await self._pages.place(user, thread_id, parent_id)
         continued = await self._database.fetch(
             "SELECT 1 FROM chat_messages WHERE user_id = ? AND thread_id = ? AND branch = ? "
             "AND position > ? ORDER BY position LIMIT 1",
@@ -205,17 +247,6 @@ class DatabaseStorage:
         if not continued:
             return branch, lineage
         return position, dump([*json.loads(lineage), [branch, parent_position]])
-
-    async def _place(self, user: str, thread_id: str, message_id: str) -> BranchPosition:
-        rows = await self._database.fetch(
-            "SELECT branch, position, lineage FROM chat_messages "
-            "WHERE user_id = ? AND thread_id = ? AND id = ?",
-            user,
-            thread_id,
-            message_id,
-        )
-        row = _only(rows, f"There is no message {message_id!r} in this thread.")
-        return row["branch"], row["position"], row["lineage"]
 
     async def _insert(self, user: str, message: Message, branch: int, lineage: str) -> bool:
         calls = [call.to_dict() for call in message.tool_calls]
@@ -245,82 +276,22 @@ class DatabaseStorage:
             dump(message.options),
             micros(message.created_at),
         )
+        if rows and lineage.count("[") - 1 > MAX_BRANCHES:
+            raise InvalidMessage(TOO_MANY_BRANCHES)
         return bool(rows)
 
-    async def _get(self, user: str, thread_id: str, message_id: str) -> Message:
-        rows = await self._database.fetch(
-            "SELECT * FROM chat_messages WHERE user_id = ? AND thread_id = ? AND id = ?",
-            user,
-            thread_id,
-            message_id,
-        )
-        return message_of(_only(rows, "There is no such message in this thread."))
-
-    @inside
+    @reading
     async def messages(self, user: str, thread_id: str, window: Window) -> Sequence[Message]:
-        leaf_alone = window.limit == 1 and window.order == "desc" and window.after is None
-        if leaf_alone and window.leaf is not None:
-            return [await self._get(user, thread_id, window.leaf)]
-        if window.branch == "all":
-            await self._thread_row(user, thread_id)
-            if window.leaf is not None:
-                await self._place(user, thread_id, window.leaf)
-            return await self._read_some(user, thread_id, window, None)
-        if window.leaf is not None:
-            place = await self._place(user, thread_id, window.leaf)
-        else:
-            row = await self._thread_row(user, thread_id)
-            place = (row["newest_branch"], row["message_count"], row["newest_lineage"])
-        segments = [*json.loads(place[2]), [place[0], place[1]]]
-        return await self._read(user, thread_id, window, segments)
+        return await self._pages.read(user, thread_id, window)
 
-    async def _read(
-        self, user: str, thread_id: str, window: Window, segments: list[list[int]]
-    ) -> list[Message]:
-        """Each segment of the path by its index, at most a page of it, and a page of all those."""
-        ascending = window.order == "asc"
-        if window.after is not None and ascending:
-            segments = [s for s in segments if s[1] > window.after]
-        if not ascending:
-            segments = segments[::-1]
-        found: list[Message] = []
-        for start in range(0, len(segments), MAX_SEGMENTS):
-            chunk = segments[start : start + MAX_SEGMENTS]
-            found += await self._read_some(user, thread_id, window, chunk)
-            if len(found) >= window.limit:
-                break
-        return found[: window.limit]
-
-    async def _read_some(
-        self, user: str, thread_id: str, window: Window, segments: list[list[int]] | None
-    ) -> list[Message]:
-        order = window.order.upper()
-        paging, after = "", []
-        if window.after is not None:
-            paging, after = f" AND position {'>' if order == 'ASC' else '<'} ?", [window.after]
-        whole = "SELECT * FROM chat_messages WHERE user_id = ? AND thread_id = ?"
-        selects: list[str] = []
-        values: list[Any] = []
-        for branch, upto in segments or ():
-            part = f"{whole} AND branch = ? AND position <= ?{paging}"
-            part += f" ORDER BY position {order} LIMIT ?"
-            selects.append(f"SELECT * FROM ({part}) AS s{len(selects)}")
-            values += [user, thread_id, branch, upto, *after, window.limit]
-        if segments is None:
-            selects, values = [f"{whole}{paging}"], [user, thread_id, *after]
-        rows = await self._database.fetch(
-            f"{' UNION ALL '.join(selects)} ORDER BY position {order} LIMIT ?",
-            *values,
-            window.limit,
-        )
-        return [message_of(row) for row in rows]
-
-    @inside
+    @database_operation
     async def set_feedback(
         self, user: str, thread_id: str, message_id: str, feedback: Mapping[str, Any] | None
     ) -> None:
         changed = await self._database.execute(
-            "UPDATE chat_messages SET feedback = ? WHERE user_id = ? AND thread_id = ? AND id = ?",
+            "UPDATE chat_messages SET feedback = ? WHERE user_id = ? AND thread_id = ? AND id = ? "
+            "AND EXISTS (SELECT 1 FROM chat_threads t WHERE t.user_id = chat_messages.user_id "
+            "AND t.id = chat_messages.thread_id)",
             None if feedback is None else dump(feedback),
             user,
             thread_id,
@@ -328,9 +299,3 @@ class DatabaseStorage:
         )
         if not changed:
             raise NotFound("There is no such message in this thread.")
-
-
-def _only(rows: Sequence[dict[str, Any]], otherwise: str) -> dict[str, Any]:
-    if not rows:
-        raise NotFound(otherwise)
-    return rows[0]
