@@ -1,0 +1,1 @@
+"""What quart_chat uses of other libraries beyond their public interface, one file per library."""
