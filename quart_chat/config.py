@@ -133,37 +133,56 @@ class Settings(BaseModel):
         "`{name: {base_url?, api_key? or api_key_env?, models?, default_model?, reports_usage?}}`, "
         "in addition to the built-in providers whose key variable is set.",
     )
-    default_provider: str | None = _f(None, "Provider of messages that name none; default: the first configured one.")
-    default_model: str | None = _f(None, "Model of messages that name none; default: the default provider's default model.")
+    default_provider: str | None = _f(
+        None, "Provider of messages that name none; default: the first configured one."
+    )
+    default_model: str | None = _f(
+        None, "Model of messages that name none; default: the default provider's default model."
+    )
     local_model: str | None = _f(
         None, "GGUF file for the provider `local`; default: SmolLM2-135M-Instruct."
     )
     title_model: str | None = _f(None, "Model that writes a thread's title from its first message.")
     system_prompt: str | None = _f(None, "First message of every request to a model.")
     history_messages: Count = _f(100, "Number of the newest messages that are sent to a model.")
-    history_chars: Count | None = _f(1_000_000, "Number of the newest characters that are sent to a model.")
+    history_chars: Count | None = _f(
+        1_000_000, "Number of the newest characters that are sent to a model."
+    )
     max_tokens: Count | None = _f(None, "Largest `max_tokens` that a client may request.")
     tools: Strings = _f((), "Import paths of modules whose tools are registered.")
     mcp_servers: Annotated[dict[str, MCPServer], BeforeValidator(_json)] = _f(
-        {}, "`{name: {command, args?, env?} or {url, headers?}, needs_approval?}`: MCP servers whose tools are registered."
+        {},
+        "`{name: {command, args?, env?} or {url, headers?}, needs_approval?}`: "
+        "MCP servers whose tools are registered.",
     )
     max_tool_rounds: Count = _f(10, "Largest number of rounds of tool calls in one answer.")
     max_tool_calls: Count = _f(
-        32, "Largest number of tool calls in one round; further ones get an error as their result."
+        32, "Largest number of tool calls in one round; further ones get an error as result."
     )
     max_tool_threads: Count = _f(64, "Largest number of threads that run plain tool functions.")
     max_answer_chars: Count = _f(
-        4_000_000, "Largest number of characters in one answer (text, reasoning, arguments and results of tools)."
+        4_000_000,
+        "Largest number of characters in one answer: text, reasoning, arguments and results of "
+        "tools.",
     )
-    tool_timeout: Seconds = _f(60.0, "Seconds that one tool call may take, on the server or at the client.")
-    approval_timeout: Seconds = _f(3600.0, "Seconds until an unanswered approval counts as refused.")
-    run_timeout: Seconds = _f(600.0, "Seconds that one answer may take, without the time it waits for approvals.")
-    provider_idle_timeout: Seconds = _f(60.0, "Seconds without data after which a provider's request fails.")
+    tool_timeout: Seconds = _f(
+        60.0, "Seconds that one tool call may take, on the server or at the client."
+    )
+    approval_timeout: Seconds = _f(
+        3600.0, "Seconds until an unanswered approval counts as refused."
+    )
+    run_timeout: Seconds = _f(
+        600.0, "Seconds that one answer may take, without the time it waits for approvals."
+    )
+    provider_idle_timeout: Seconds = _f(
+        60.0, "Seconds without data after which a provider's request fails."
+    )
     storage_retry: Seconds = _f(
         10.0, "Seconds of retries before a failure to store an answer is reported to the client."
     )
     on_busy: Literal["interrupt", "reject", "queue"] = _f(
-        "interrupt", "What happens when a message arrives while its thread is already being answered."
+        "interrupt",
+        "What happens when a message arrives while its thread is already being answered.",
     )
     queue_limit: Count = _f(8, "Largest number of messages that wait in one thread.")
     on_disconnect: Literal["continue", "stop"] = _f(
@@ -178,21 +197,26 @@ class Settings(BaseModel):
     )
     max_message_bytes: Count = _f(1024 * 1024, "Largest size of a frame or body in bytes.")
     allowed_origins: Strings = _f(
-        (), "Origins of pages that may use the chat, in addition to its own; `*` allows every origin."
+        (),
+        "Origins of pages that may use the chat, in addition to its own; `*` allows every origin.",
     )
     rate_limit: Rate | None = _f(
-        None, "Rate limit for messages of one user, `N/second|minute|hour`; with remote auth 60/minute."
+        None,
+        "Rate limit for messages of one user, `N/second|minute|hour`; with remote auth 60/minute.",
     )
     request_rate_limit: Rate | None = _f(
         None,
-        "Rate limit for JSON calls and refused frames of one user; with remote auth "
-        "600/minute.",
+        "Rate limit for JSON calls and refused frames of one user; with remote auth 600/minute.",
     )
-    max_runs_per_user: Count | None = _f(None, "Largest number of simultaneous answers of one user; with remote auth 8.")
+    max_runs_per_user: Count | None = _f(
+        None, "Largest number of simultaneous answers of one user; with remote auth 8."
+    )
     max_connections_per_user: Count | None = _f(
         None, "Largest number of simultaneous sockets and streams of one user; with remote auth 32."
     )
-    max_connections: Count = _f(10_000, "Largest number of simultaneous sockets and streams of all users.")
+    max_connections: Count = _f(
+        10_000, "Largest number of simultaneous sockets and streams of all users."
+    )
     handshake_timeout: Seconds = _f(10.0, "Seconds within which a token must be verified.")
     drain_timeout: Seconds = _f(25.0, "Seconds that running answers may continue at shutdown.")
     send_timeout: Annotated[float, Field(gt=0)] = _f(
@@ -204,6 +228,8 @@ class Settings(BaseModel):
     keepalive: Annotated[float, Field(gt=0)] = _f(
         15.0, "Seconds of silence after which an SSE stream sends a comment."
     )
+
+    access_log: bool = _f(False, "Log each request; `chat-server` only (`--access-log`).")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Settings:
@@ -351,6 +377,6 @@ def check_address(settings: Settings, host: str) -> None:
     """
     if settings.environment == "production" and settings.auth == "local" and not loopback(host):
         raise ConfigurationError(
-            f"CHAT_AUTH: with local auth all requests share one user, and {host} is a public address. "
-            "In production set CHAT_AUTH=remote (--remote-auth) or --host 127.0.0.1."
+            f"CHAT_AUTH: with local auth all requests share one user, and {host} is a public "
+            "address. In production set CHAT_AUTH=remote (--remote-auth) or --host 127.0.0.1."
         )

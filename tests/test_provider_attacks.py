@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import pytest
-from conftest import Serve, answer, client, post
+from conftest import Serve, answer, post
 from endpoint import END, Endpoint, Exchange, chunk, text
 from hypothesis import given, settings
 from hypothesis import strategies as st

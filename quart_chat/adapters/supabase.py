@@ -29,7 +29,7 @@ KEYS_SECONDS = 600
 
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 4.0
-"""Pause before the keys are fetched again for an unknown key id; it doubles while there are none."""
+"""Pause before the keys are fetched again for an unknown key id; it doubles if that was in vain."""
 
 PATIENCE_SECONDS = 8.0
 """How long a token waits for keys or for an auth server that cannot be reached."""
@@ -119,7 +119,7 @@ class SupabaseAuthenticator:
         raise NotAuthenticated
 
     def _claims(self, token: str, algorithm: str, key: jwt.PyJWK | None) -> dict[str, Any]:
-        """Return the claims; without a key, check all but the signature. Raises NotAuthenticated."""
+        """Return the claims; without a key, do not check the signature. Raises NotAuthenticated."""
         verifying: Any = key if key is not None else ""
         options: Any = {
             "require": ["exp", "sub"],

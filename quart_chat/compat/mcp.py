@@ -50,9 +50,5 @@ def plain_http_client(headers: dict[str, str] | None) -> Any:
 
 def is_connection_closed(error: Exception) -> bool:
     """Return whether a failed call means that the server's connection is gone."""
-    try:
-        from mcp_types import CONNECTION_CLOSED
-    except ImportError:
-        CONNECTION_CLOSED = CLOSED_CODE
     code = getattr(getattr(error, "error", None), "code", None)
-    return code is None or code == CONNECTION_CLOSED
+    return code is None or code == CLOSED_CODE
