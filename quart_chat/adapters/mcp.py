@@ -139,6 +139,8 @@ class MCPTools:
 
     def _register(self, listed: list[Any]) -> None:
         tools = {tool.name: tool for tool in map(self._tool, listed)}
+        for name in tools.keys() & (set(self._tools.names()) - set(self._names)):
+            raise ValueError(f"There are two tools named {name!r}.")
         self._tools.replace(self._names, list(tools.values()))
         self._names = list(tools)
 
