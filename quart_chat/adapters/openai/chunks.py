@@ -184,9 +184,9 @@ def _loads(data: bytes) -> Any:
 
 def _usage(usage: Mapping[str, Any]) -> list[Delta]:
     counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if None in counts:
+    if counts[0] is None or counts[1] is None:
         return []
-    prompt, completion = (int(count) for count in counts)
+    prompt, completion = int(counts[0]), int(counts[1])
     if not (0 <= prompt <= MAX_TOKENS and 0 <= completion <= MAX_TOKENS):
         raise bad_response()
     return [UsageDelta(prompt, completion)]
