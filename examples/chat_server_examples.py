@@ -2,8 +2,8 @@
 
 Start a server, then run a part against it; text is shown as it streams:
 
-    quart_chat chat-server --protocol both                    websocket, msgpack, sse, stop
-    quart_chat chat-server --protocol both --no-database      history
+    quart_chat chat-server                    websocket, msgpack, sse, stop
+    quart_chat chat-server --no-database      history
 
     python examples/chat_server_examples.py websocket
     python examples/chat_server_examples.py all --server 127.0.0.1:8080
@@ -125,7 +125,9 @@ PARTS: dict[str, Callable[[str], Awaitable[str]]] = {
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
-    parser.add_argument("part", choices=[*PARTS, "all"], help="all: every part but history")
+    parser.add_argument(
+        "part", nargs="?", default="all", choices=[*PARTS, "all"], help="default: all but history"
+    )
     parser.add_argument("--server", default="127.0.0.1:8080", help="host:port of the server")
     given = parser.parse_args()
     names = [given.part] if given.part != "all" else [name for name in PARTS if name != "history"]

@@ -7,9 +7,20 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import ConfigurationError
 
@@ -30,10 +41,19 @@ def _json(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
-        raise ValueError("is not valid JSON") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
+        ) from None
 
 
+def _rate(value: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*/(second|minute|hour)", value):
+        raise ValueError("write a number per second, minute or hour, for instance 60/minute")
+    return value
+
+
+Rate = Annotated[str, AfterValidator(_rate)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -89,97 +109,127 @@ class Settings(BaseModel):
         "both", "What `create_app()` serves: the WebSocket, the SSE stream, or both."
     )
     auth: Literal["local", "remote"] = _f(
-        "local", "`local`: everybody is user `1`. `remote`: Supabase access tokens."
+        "local", "`local`: all requests share user `1`. `remote`: Supabase access tokens."
     )
     supabase_url: str | None = _f(None, "The Supabase project's URL; else `SUPABASE_URL`.")
     supabase_key: str | None = _f(None, "Its publishable (anon) key; else `SUPABASE_KEY`.")
     supabase_audience: Strings = _f(("authenticated",), "Accepted `aud` claims of Supabase tokens.")
+    supabase_algorithms: Annotated[
+        tuple[Literal["ES256", "RS256", "HS256"], ...], BeforeValidator(_listed)
+    ] = _f(
+        ("ES256", "RS256", "HS256"),
+        "Accepted signature algorithms. Without `HS256` no token is sent to the auth server.",
+    )
     storage: Literal["database", "memory"] = _f(
-        "database", "`memory` keeps conversations only while they are used (`--no-database`)."
+        "database", "`memory` keeps conversations only while they are in use (`--no-database`)."
     )
     database_url: str = _f(
         "sqlite://quart_chat.sqlite3",
         "`sqlite://` + path, `postgres://…` or `postgresql://…`; else `DATABASE_URL`.",
     )
-    migrate: bool = _f(True, "Bring the database's tables up to date at start.")
+    migrate: bool = _f(True, "Apply the database's migrations at start.")
     providers: Annotated[dict[str, ProviderSettings], BeforeValidator(_json)] = _f(
         {},
         "`{name: {base_url?, api_key? or api_key_env?, models?, default_model?, reports_usage?}}`, "
-        "besides the ready-made providers whose key variable is set.",
+        "in addition to the built-in providers whose key variable is set.",
     )
-    default_provider: str | None = _f(None, "Default: the first that is configured.")
-    default_model: str | None = _f(None, "Default: the default provider's default model.")
+    default_provider: str | None = _f(
+        None, "Provider of messages that name none; default: the first configured one."
+    )
+    default_model: str | None = _f(
+        None, "Model of messages that name none; default: the default provider's default model."
+    )
     local_model: str | None = _f(
-        None, "A GGUF file for the provider `local`; default: SmolLM2-135M-Instruct."
+        None, "GGUF file for the provider `local`; default: SmolLM2-135M-Instruct."
     )
-    title_model: str | None = _f(None, "A model that makes titles of first messages.")
-    system_prompt: str | None = _f(None, "Comes first in every request to a model.")
-    history_messages: Count = _f(100, "The newest messages that a model gets.")
-    history_chars: Count | None = _f(1_000_000, "The newest characters that a model gets.")
-    max_tokens: Count | None = _f(None, "The largest `max_tokens` that a client may ask for.")
+    title_model: str | None = _f(None, "Model that writes a thread's title from its first message.")
+    system_prompt: str | None = _f(None, "First message of every request to a model.")
+    history_messages: Count = _f(100, "Number of the newest messages that are sent to a model.")
+    history_chars: Count | None = _f(
+        1_000_000, "Number of the newest characters that are sent to a model."
+    )
+    max_tokens: Count | None = _f(None, "Largest `max_tokens` that a client may request.")
     tools: Strings = _f((), "Import paths of modules whose tools are registered.")
     mcp_servers: Annotated[dict[str, MCPServer], BeforeValidator(_json)] = _f(
-        {}, "`{name: {command, args?, env?} or {url, headers?}, needs_approval?}`: tools by MCP."
+        {},
+        "`{name: {command, args?, env?} or {url, headers?}, needs_approval?}`: "
+        "MCP servers whose tools are registered.",
     )
-    max_tool_rounds: Count = _f(10, "Rounds of tool calls in one answer.")
+    max_tool_rounds: Count = _f(10, "Largest number of rounds of tool calls in one answer.")
     max_tool_calls: Count = _f(
-        32, "Tool calls in one round; further ones get an error as their result."
+        32, "Largest number of tool calls in one round; further ones get an error as result."
     )
-    max_tool_threads: Count = _f(64, "Threads of the process that plain tool functions may occupy.")
+    max_tool_threads: Count = _f(64, "Largest number of threads that run plain tool functions.")
     max_answer_chars: Count = _f(
-        4_000_000, "Characters of one answer (text, reasoning, arguments and results of tools)."
+        4_000_000,
+        "Largest number of characters in one answer: text, reasoning, arguments and results of "
+        "tools.",
     )
-    tool_timeout: Seconds = _f(60.0, "Seconds for one tool call, on the server or at the client.")
-    approval_timeout: Seconds = _f(3600.0, "Seconds until an unanswered approval is a refusal.")
-    run_timeout: Seconds = _f(600.0, "Seconds for one answer, waiting for people not counted.")
-    provider_idle_timeout: Seconds = _f(60.0, "Seconds of a provider's silence.")
+    tool_timeout: Seconds = _f(
+        60.0, "Seconds that one tool call may take, on the server or at the client."
+    )
+    approval_timeout: Seconds = _f(
+        3600.0, "Seconds until an unanswered approval counts as refused."
+    )
+    run_timeout: Seconds = _f(
+        600.0, "Seconds that one answer may take, without the time it waits for approvals."
+    )
+    provider_idle_timeout: Seconds = _f(
+        60.0, "Seconds without data after which a provider's request fails."
+    )
     storage_retry: Seconds = _f(
-        10.0, "Seconds in which storing an answer is tried again before the client is told."
+        10.0, "Seconds of retries before a failure to store an answer is reported to the client."
     )
     on_busy: Literal["interrupt", "reject", "queue"] = _f(
-        "interrupt", "What a message does to the one that is being answered in its thread."
+        "interrupt",
+        "What happens when a message arrives while its thread is already being answered.",
     )
-    queue_limit: Count = _f(8, "Messages that may wait in one thread.")
+    queue_limit: Count = _f(8, "Largest number of messages that wait in one thread.")
     on_disconnect: Literal["continue", "stop"] = _f(
-        "continue", "What becomes of a run whose last follower has gone."
+        "continue", "What happens to a run whose last follower has disconnected."
     )
     resume_window: Seconds = _f(
-        60.0, "Seconds for which memory storage keeps a thread that no connection uses."
+        60.0, "Seconds that memory storage keeps a thread that no connection uses."
     )
-    event_retention: Seconds = _f(600.0, "Seconds for which an ended run's events are kept.")
+    event_retention: Seconds = _f(600.0, "Seconds that the events of an ended run are kept.")
     retention_days: Annotated[float, Field(gt=0)] | None = _f(
         None, "Days without activity after which a thread is deleted."
     )
-    max_message_bytes: Count = _f(1024 * 1024, "Bytes of a frame or body.")
+    max_message_bytes: Count = _f(1024 * 1024, "Largest size of a frame or body in bytes.")
     allowed_origins: Strings = _f(
-        (), "Origins of pages that may use the chat, besides its own; `*` is every one."
+        (),
+        "Origins of pages that may use the chat, in addition to its own; `*` allows every origin.",
     )
-    rate_limit: Annotated[str, Field(pattern=r"^[1-9]\d*/(second|minute|hour)$")] | None = _f(
-        None, "Messages of one user, `N/second|minute|hour`; with remote auth 60/minute."
+    rate_limit: Rate | None = _f(
+        None,
+        "Rate limit for messages of one user, `N/second|minute|hour`; with remote auth 60/minute.",
     )
-    request_rate_limit: Annotated[str, Field(pattern=r"^[1-9]\d*/(second|minute|hour)$")] | None = (
-        _f(
-            None,
-            "JSON calls and refused frames of one user, `N/second|minute|hour`; with remote auth "
-            "600/minute.",
-        )
+    request_rate_limit: Rate | None = _f(
+        None,
+        "Rate limit for JSON calls and refused frames of one user; with remote auth 600/minute.",
     )
-    max_runs_per_user: Count | None = _f(None, "Answers at once; with remote auth 8.")
+    max_runs_per_user: Count | None = _f(
+        None, "Largest number of simultaneous answers of one user; with remote auth 8."
+    )
     max_connections_per_user: Count | None = _f(
-        None, "Sockets and streams at once; with remote auth 32."
+        None, "Largest number of simultaneous sockets and streams of one user; with remote auth 32."
     )
-    max_connections: Count = _f(10_000, "Sockets and streams of all users at once.")
-    handshake_timeout: Seconds = _f(10.0, "Seconds in which a token has to be verified.")
-    drain_timeout: Seconds = _f(25.0, "Seconds that running answers get at shutdown.")
+    max_connections: Count = _f(
+        10_000, "Largest number of simultaneous sockets and streams of all users."
+    )
+    handshake_timeout: Seconds = _f(10.0, "Seconds within which a token must be verified.")
+    drain_timeout: Seconds = _f(25.0, "Seconds that running answers may continue at shutdown.")
     send_timeout: Annotated[float, Field(gt=0)] = _f(
-        30.0, "Seconds after which a client that takes nothing of what waits for it is dropped."
+        30.0, "Seconds after which a client that does not read pending data is disconnected."
     )
     body_timeout: Annotated[float, Field(gt=0)] = _f(
-        60.0, "Seconds in which a request's head, and then its body, has to arrive."
+        60.0, "Seconds within which a request's head, and then its body, must arrive."
     )
     keepalive: Annotated[float, Field(gt=0)] = _f(
         15.0, "Seconds of silence after which an SSE stream sends a comment."
     )
+
+    access_log: bool = _f(False, "Log each request; `chat-server` only (`--access-log`).")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Settings:
@@ -235,7 +285,7 @@ def resolve(config: Mapping[str, Any], environ: Mapping[str, str] | None = None)
         if not key.startswith(PREFIX):
             continue
         if key not in DEFAULTS:
-            raise ConfigurationError(_unknown(key))
+            raise ConfigurationError(unknown_key(key, environ))
         if value is not None and value != "":
             values[key.removeprefix(PREFIX).lower()] = value
     for name, variables in WELL_KNOWN.items():
@@ -250,9 +300,53 @@ def resolve(config: Mapping[str, Any], environ: Mapping[str, str] | None = None)
         raise ConfigurationError(_sentence(error, values)) from None
 
 
-def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0)
-    return f"{key}: there is no such key. Did you mean {near[0]}?"
+def unknown_key(key: str, environ: Mapping[str, str] | None = None) -> str:
+    """Return a sentence about an unknown key, with the closest known one and where it is set."""
+    near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0)[0]
+    variable = f"QUART_{key}"
+    if environ is not None and variable in environ:
+        return (
+            f"{key}: there is no such key. The environment variable {variable} sets it. Did you "
+            f"mean QUART_{near}? If it belongs to another program, unset it here."
+        )
+    return f"{key}: there is no such key. Did you mean {near}?"
+
+
+def merge_keywords(
+    config: Mapping[str, Any] | None, keywords: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the configuration of an application from its keys and from keyword arguments.
+
+    Keyword arguments are settings in lower case without the prefix (``protocol="sse"``); they win.
+
+    Raises:
+        ConfigurationError: A key of ``config`` lacks the prefix, or a keyword is not a setting.
+    """
+    values = dict(config or {})
+    for key in values:
+        if PREFIX + key.upper() in DEFAULTS:
+            raise ConfigurationError(
+                f"{key}: settings have the prefix {PREFIX}. Write {PREFIX}{key.upper()}."
+            )
+    for name, value in (keywords or {}).items():
+        key = name.upper() if name.upper().startswith(PREFIX) else PREFIX + name.upper()
+        if key not in DEFAULTS:
+            near = unknown_key(key).rpartition(PREFIX)[2].rstrip("?").lower()
+            raise ConfigurationError(f"{name}: there is no such setting. Did you mean {near}?")
+        values[key] = value
+    return values
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra, also if the package came from a folder."""
+    name = "quart-chat"
+    try:
+        source = json.loads(distribution(name).read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        source = {}
+    if "dir_info" in source and (path := Path(unquote(urlsplit(source["url"]).path))).is_dir():
+        name = str(path)
+    return f"pip install '{name}[{extra}]'"
 
 
 def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
@@ -269,20 +363,20 @@ def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
 
 
 def loopback(host: str) -> bool:
-    """Whether an address is one that only this machine reaches."""
+    """Return whether only this machine reaches an address."""
     return (
         host in ("localhost", "::1", "[::1]") or re.match(r"127\.\d+\.\d+\.\d+$", host) is not None
     )
 
 
 def check_address(settings: Settings, host: str) -> None:
-    """Refuse to serve everybody as the same user, in public, in production.
+    """Refuse to serve all requests as one user on a public address in production.
 
     Raises:
         ConfigurationError: ``CHAT_AUTH`` is local and the address is not loopback.
     """
     if settings.environment == "production" and settings.auth == "local" and not loopback(host):
         raise ConfigurationError(
-            f"CHAT_AUTH: local auth serves everybody as one user, and {host} is a public address. "
-            "In production set CHAT_AUTH=remote (--remote-auth) or --host 127.0.0.1."
+            f"CHAT_AUTH: with local auth all requests share one user, and {host} is a public "
+            "address. In production set CHAT_AUTH=remote (--remote-auth) or --host 127.0.0.1."
         )

@@ -85,7 +85,7 @@ def hypercorn_config(settings: Settings, descriptor: int) -> Config:
     config.keep_alive_timeout = KEEP_ALIVE_SECONDS
     config.graceful_timeout = GRACE_SECONDS
     config.include_server_header = False
-    config.accesslog = None
+    config.accesslog = logging.getLogger("hypercorn.access") if settings.access_log else None
     config.errorlog = logging.getLogger("hypercorn.error")
     config.loglevel = "WARNING"
     return config

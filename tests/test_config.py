@@ -9,7 +9,7 @@ import pytest
 from quart import Quart
 
 from quart_chat import ConfigurationError, QuartChat, create_app
-from quart_chat.config import DEFAULTS, Settings, resolve
+from quart_chat.config import DEFAULTS, Settings, install_command, merge_keywords, resolve
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference" / "configuration.md"
 
@@ -24,8 +24,9 @@ def test_every_default_is_valid() -> None:
         ("CHAT_ON_BUSY", "wait", "CHAT_ON_BUSY: 'wait' is not allowed: .*'interrupt'.*'queue'"),
         ("CHAT_QUEUE_LIMIT", "many", "CHAT_QUEUE_LIMIT: 'many' is not allowed: .*integer"),
         ("CHAT_RUN_TIMEOUT", -1, "CHAT_RUN_TIMEOUT: -1 is not allowed: .*greater"),
-        ("CHAT_RATE_LIMIT", "5 a day", "CHAT_RATE_LIMIT: '5 a day' is not allowed"),
-        ("CHAT_PROVIDERS", "{", "CHAT_PROVIDERS: is not valid JSON"),
+        ("CHAT_RATE_LIMIT", "5 a day", "'5 a day' is not allowed: .* for instance 60/minute"),
+        ("CHAT_PROVIDERS", "{", r"CHAT_PROVIDERS: is not valid JSON \(line 1, column 2"),
+        ("CHAT_SUPABASE_ALGORITHMS", "none", "CHAT_SUPABASE_ALGORITHMS"),
         ("CHAT_PROVIDERS", {"x": {"url": "u"}}, r"CHAT_PROVIDERS \(x.url\)"),
         ("CHAT_PROVIDERS", {"x": {"base_url": "ftp://x"}}, r"CHAT_PROVIDERS \(x.base_url\)"),
         ("CHAT_MCP_SERVERS", {"x": {}}, r"CHAT_MCP_SERVERS \(x\): needs either command or url"),
@@ -38,6 +39,27 @@ def test_every_default_is_valid() -> None:
 def test_a_wrong_setting_is_a_sentence(key: str, value: object, says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         resolve({key: value}, {})
+
+
+def test_an_unknown_key_says_where_it_came_from() -> None:
+    with pytest.raises(ConfigurationError, match="QUART_CHAT_CMD sets it"):
+        resolve({"CHAT_CMD": "x"}, {"QUART_CHAT_CMD": "x"})
+
+
+def test_keywords_need_no_prefix_and_keys_do() -> None:
+    merged = merge_keywords({"CHAT_ON_BUSY": "queue", "OTHER": 1}, {"protocol": "sse"})
+    assert merged == {"CHAT_ON_BUSY": "queue", "OTHER": 1, "CHAT_PROTOCOL": "sse"}
+    with pytest.raises(ConfigurationError, match=r"^PROTOCOL: .* Write CHAT_PROTOCOL\.$"):
+        merge_keywords({"PROTOCOL": "both"})
+    with pytest.raises(ConfigurationError, match=r"^protocl: .* Did you mean protocol\?$"):
+        merge_keywords({}, {"protocl": "both"})
+
+
+def test_an_extra_is_installed_from_where_the_package_came() -> None:
+    command = install_command("local")
+    found = re.fullmatch(r"pip install '(.+)\[local\]'", command)
+    assert found
+    assert found[1] == "quart-chat" or (Path(found[1]) / "pyproject.toml").exists()
 
 
 def test_a_secret_is_not_repeated() -> None:

@@ -133,5 +133,8 @@ async def test_a_host_with_its_own_database_embeds_the_chat(
 def test_the_pages_name_what_the_protocol_has() -> None:
     for page in ("browser.html", "resume.html"):
         text = (EXAMPLES / page).read_text()
-        assert 'JSON.stringify({ type: "' in text
+        assert '({ type: "' in text
+        assert "/messages" in text
+        assert "file:" in text
+        assert "overflow-wrap: anywhere" in text
         assert "/chat" in text

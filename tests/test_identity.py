@@ -341,9 +341,72 @@ async def test_a_storm_of_unknown_keys_costs_few_requests(own: tuple[Server, Aut
     server, auth = own
     asked = len(auth.requests)
     tokens = [auth.token(headers={"kid": f"unknown-{n}"}) for n in range(300)]
-    assert set(await many(server, tokens)) == {401}
-    assert len(auth.requests) - asked <= 2
+    assert set(await many(server, tokens, at_once=100)) == {401}
+    assert len(auth.requests) - asked <= 8
     assert set(await many(server, [auth.token()])) == {200}
+
+
+async def test_a_new_key_is_accepted_while_unknown_ones_storm(
+    own: tuple[Server, AuthServer],
+) -> None:
+    server, auth = own
+    storm = [auth.token(headers={"kid": f"unknown-{n}"}) for n in range(30)]
+    forged = asyncio.ensure_future(many(server, storm, at_once=5))
+    while auth.count(KEYS) < 2:
+        await asyncio.sleep(0.01)
+    auth.rotate("ES256")
+    assert (await get(server, "/chat/models", auth.token())).status_code == 200
+    assert set(await forged) == {401}
+
+
+async def test_tokens_that_cannot_fit_do_not_fetch_keys(own: tuple[Server, AuthServer]) -> None:
+    server, auth = own
+    asked = len(auth.requests)
+    bad: list[dict[str, Any]] = [{"aud": "another"}, {"iss": "https://x"}, {"lasts": -60.0}]
+    tokens = [auth.token(headers={"kid": "unknown"}, **claims) for claims in bad]
+    assert set(await many(server, tokens)) == {401}
+    assert len(auth.requests) == asked
+
+
+async def test_a_short_outage_delays_a_new_key_only(own: tuple[Server, AuthServer]) -> None:
+    server, auth = own
+    auth.rotate("ES256")
+    token, shared = auth.token(), auth.token(unique("user"), algorithm="HS256")
+    auth.fails_with = 503, "down"
+    asked = len(auth.requests)
+    waiting = asyncio.ensure_future(many(server, [token, shared], at_once=2))
+    while auth.count(KEYS) < 2 or len(auth.requests) < asked + 2:
+        await asyncio.sleep(0.01)
+    auth.fails_with = None
+    assert await waiting == [200, 200]
+
+
+async def test_questions_to_the_auth_server_are_bounded(own: tuple[Server, AuthServer]) -> None:
+    server, auth = own
+    asked = len(auth.requests)
+    auth.answering.clear()
+    tokens = [auth.token(f"user-{n}", algorithm="HS256") for n in range(60)]
+    waiting = asyncio.ensure_future(many(server, tokens, at_once=60))
+    while len(auth.requests) - asked < 16:
+        await asyncio.sleep(0.01)
+    # The keys have connections of their own: an asymmetric user is not delayed.
+    assert (await get(server, "/chat/models", auth.token())).status_code == 200
+    assert len(auth.requests) - asked == 16
+    auth.answering.set()
+    assert set(await waiting) == {200}
+
+
+async def test_algorithms_can_be_restricted(
+    own_auth: AuthServer, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    only = '["ES256"]'
+    async with remote_server(own_auth, endpoint, tmp_path, supabase_algorithms=only) as server:
+        asked = len(own_auth.requests)
+        assert (await get(server, "/chat/models", own_auth.token())).status_code == 200
+        for algorithm in ("HS256", "RS256"):
+            token = own_auth.token(algorithm=algorithm)
+            refusal(await get(server, "/chat/models", token), "authentication_failed")
+        assert len(own_auth.requests) == asked
 
 
 @pytest.mark.parametrize("algorithm", ["ES256", "RS256"])

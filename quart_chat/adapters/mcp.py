@@ -1,4 +1,4 @@
-"""Tools of MCP servers, by the official package."""
+"""Tools of MCP servers, through the official package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 from contextlib import AsyncExitStack
 from typing import Any
 
-from ..config import MCPServer
+from ..compat.mcp import http_client, is_connection_closed
+from ..config import MCPServer, install_command
 from ..core.tools import Tool, ToolContext, ToolError, ToolRegistry
 from ..errors import ConfigurationError
 
@@ -17,13 +18,12 @@ logger = logging.getLogger("quart_chat.mcp")
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 START_SECONDS = 30
-
-CONNECTION_CLOSED = -32000
-"""The MCP package's own error code for a server that is gone."""
+MAX_PAGES = 100
+"""Bounds for connecting, and for the pages of a server's list of tools."""
 
 
 class MCPTools:
-    """Stays connected to one server and registers its tools as ``<server>_<tool>``."""
+    """Connection to one MCP server, whose tools are registered as ``<server>_<tool>``."""
 
     def __init__(self, name: str, server: MCPServer, tools: ToolRegistry) -> None:
         self._name = name
@@ -31,7 +31,8 @@ class MCPTools:
         self._tools = tools
         self._names: list[str] = []
         self._session: Any = None
-        self._lost = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._lost = False
         self._ready = asyncio.Event()
         self._failure: Exception | None = None
         self._task: asyncio.Task[None] | None = None
@@ -40,13 +41,13 @@ class MCPTools:
         """Connect, and register the tools.
 
         Raises:
-            ConfigurationError: The extra is missing, or the server can not be reached.
+            ConfigurationError: The extra is missing, or the server cannot be reached.
         """
         try:
             import mcp  # noqa: F401
         except ImportError:
             raise ConfigurationError(
-                "CHAT_MCP_SERVERS: it needs the package mcp. Run: pip install 'quart-chat[mcp]'"
+                f"CHAT_MCP_SERVERS needs the package mcp. Run: {install_command('mcp')}"
             ) from None
         self._task = asyncio.create_task(
             self._stay_connected(), name=f"quart_chat mcp {self._name}"
@@ -59,39 +60,40 @@ class MCPTools:
         if self._failure is not None:
             await self.close()
             raise ConfigurationError(
-                f"CHAT_MCP_SERVERS ({self._name}): the server can not be used "
+                f"CHAT_MCP_SERVERS ({self._name}): the server cannot be used "
                 f"({_reason(self._failure)})."
             )
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Disconnect, and unregister the tools."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._register([])
 
     async def _stay_connected(self) -> None:
         pause = FIRST_PAUSE
         while True:
             try:
                 async with AsyncExitStack() as stack:
-                    await self._connect(stack)
+                    async with asyncio.timeout(START_SECONDS):
+                        session = await self._connect(stack)
                     pause = FIRST_PAUSE
-                    await self._lost.wait()
+                    await self._listen(session)
             except Exception as error:
                 if not self._ready.is_set():
                     self._failure = error
                     self._ready.set()
                     return
-                logger.warning("the MCP server %s is away: %s", self._name, _reason(error))
+                logger.warning("MCP server %s is not connected: %s", self._name, _reason(error))
             finally:
                 self._session = None
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
 
-    async def _connect(self, stack: AsyncExitStack) -> None:
+    async def _connect(self, stack: AsyncExitStack) -> Any:
         from mcp import ClientSession, StdioServerParameters, stdio_client
         from mcp.client.streamable_http import streamable_http_client
-        from mcp.shared._httpx_utils import create_mcp_http_client
 
         server = self._server
         if server.command is not None:
@@ -101,21 +103,46 @@ class MCPTools:
             streams = await stack.enter_async_context(stdio_client(parameters))
         else:
             assert server.url is not None
-            http = await stack.enter_async_context(create_mcp_http_client(headers=server.headers))
+            http = await stack.enter_async_context(http_client(server.headers))
             streams = await stack.enter_async_context(
                 streamable_http_client(server.url, http_client=http)
             )
-        session = await stack.enter_async_context(ClientSession(streams[0], streams[1]))
+        session = await stack.enter_async_context(
+            ClientSession(streams[0], streams[1], message_handler=self._heard)
+        )
+        self._lost = False
+        self._changed.clear()
         await session.initialize()
-        self._register(await session.list_tools())
-        self._lost.clear()
+        self._register(await _all_tools(session))
         self._session = session
         self._ready.set()
+        return session
 
-    def _register(self, listed: Any) -> None:
-        found = [self._tool(each) for each in listed.tools]
-        self._tools.replace(self._names, found)
-        self._names = [tool.name for tool in found]
+    async def _heard(self, message: Any) -> None:
+        inner = getattr(message, "root", message)
+        if getattr(inner, "method", None) == "notifications/tools/list_changed":
+            self._changed.set()
+
+    async def _listen(self, session: Any) -> None:
+        """Read the list of tools again whenever it changes, until the connection is lost."""
+        while True:
+            await self._changed.wait()
+            if self._lost:
+                return
+            self._changed.clear()
+            async with asyncio.timeout(START_SECONDS):
+                self._register(await _all_tools(session))
+
+    def _lose(self) -> None:
+        self._lost = True
+        self._changed.set()
+
+    def _register(self, listed: list[Any]) -> None:
+        tools = {tool.name: tool for tool in map(self._tool, listed)}
+        for name in tools.keys() & (set(self._tools.names()) - set(self._names)):
+            raise ValueError(f"There are two tools named {name!r}.")
+        self._tools.replace(self._names, list(tools.values()))
+        self._names = list(tools)
 
     def _tool(self, described: Any) -> Tool:
         remote = described.name
@@ -134,21 +161,35 @@ class MCPTools:
 
     async def _call(self, remote: str, arguments: dict[str, Any]) -> str:
         if self._session is None:
-            raise ToolError(f"The tool's server ({self._name}) is away at the moment.")
+            raise ToolError(f"The MCP server {self._name} is not connected.")
         try:
             result = await self._session.call_tool(remote, arguments)
         except Exception as error:
-            code = getattr(getattr(error, "error", None), "code", None)
-            if code in (None, CONNECTION_CLOSED):
-                self._lost.set()
+            if is_connection_closed(error):
+                self._lose()
             logger.warning("a call to the MCP server %s failed: %s", self._name, _reason(error))
-            raise ToolError(f"The tool's server ({self._name}) failed.") from None
-        words = "\n".join(
+            raise ToolError(f"The MCP server {self._name} failed.") from None
+        text = "\n".join(
             part.text if part.type == "text" else f"[{part.type}]" for part in result.content
         )
         if getattr(result, "is_error", False) or getattr(result, "isError", False):
-            raise ToolError(words or "The tool failed.")
-        return words
+            raise ToolError(text or "The tool failed.")
+        return text
+
+
+async def _all_tools(session: Any) -> list[Any]:
+    """Return the tools of all pages of a server's list."""
+    from mcp.types import PaginatedRequestParams
+
+    tools: list[Any] = []
+    cursor: str | None = None
+    for _ in range(MAX_PAGES):
+        page = await session.list_tools(params=PaginatedRequestParams(cursor=cursor))
+        tools += page.tools
+        cursor = getattr(page, "next_cursor", None)
+        if not cursor:
+            break
+    return tools
 
 
 def _reason(error: BaseException) -> str:

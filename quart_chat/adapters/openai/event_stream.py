@@ -5,18 +5,18 @@ from __future__ import annotations
 from .failures import bad_response
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
-"""One event of the stream may have so many bytes; a provider that sends more is broken."""
+"""Size limit of one event in bytes; a provider that sends more is broken."""
 
 
 class EventDecoder:
-    """The data of every block, as bytes."""
+    """Decoder that returns the data of every block, as bytes."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._begun = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The events that are complete with these bytes.
+        """Return the events that these bytes complete.
 
         Raises:
             ProviderError: An event has more than 4 MiB.
@@ -37,7 +37,7 @@ class EventDecoder:
         return [data for block in blocks if (data := _data(block)) is not None]
 
     def end(self) -> list[bytes]:
-        """What an endpoint left without the blank line that should end it."""
+        """Return an event that the endpoint did not end with a blank line."""
         data = _data(self._rest.replace(b"\r", b"\n"))
         self._rest = b""
         return [] if data is None else [data]

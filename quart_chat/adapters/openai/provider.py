@@ -1,7 +1,7 @@
-"""Any OpenAI-compatible endpoint, streamed.
+"""OpenAI-compatible endpoint, streamed.
 
-The SDK makes the request: authentication, retries before the first byte, errors. The stream is
-decoded here, all that one read brought at a time, which costs a tenth of the SDK's own parser.
+The SDK makes the request: authentication and errors. The stream is decoded here, all that one read
+brought at a time, which costs a tenth of the SDK's own parser.
 """
 
 from __future__ import annotations
@@ -11,49 +11,65 @@ import importlib
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
+from ...compat.openai import streamed
 from ...core.ports import Delta, ProviderMessage, ProviderRequest
 from ...errors import ProviderError
 from .chunks import ChunkReader
 from .event_stream import EventDecoder
 from .failures import bad_response, failure
+from .retries import retry_after, with_retries
 
 logger = logging.getLogger("quart_chat.provider")
 
 CONNECT_SECONDS = 10
-MAX_RETRIES = 2
+IDLE_SECONDS = 60.0
+MAX_ERROR_BYTES = 64 * 1024
 READ_BYTES = 32 * 1024
-"""What is taken of a stream at one go."""
+"""The most that one read takes of a stream."""
 
-STREAM_HEADERS = {"Accept-Encoding": "identity", "X-Stainless-Raw-Response": "stream"}
-"""No compression, and the SDK's own mark for a response whose body it leaves to the caller."""
+STREAM_HEADERS = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
+NO_STREAMS = ("text/html", "application/json", "application/problem+json")
+TOOL_OPTIONS = ("tool_choice", "parallel_tool_calls")
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where requests go, and the key that opens it."""
+    """URL and key of an endpoint, and what it can do.
+
+    ``options`` are sent with each request that does not set them itself.
+    """
 
     base_url: str
     api_key: str
     reports_usage: bool = True
+    takes_tools: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class OpenAIProvider:
-    """Speaks to one endpoint; ``endpoint`` is asked for it at the first request."""
+    """Provider that streams from one endpoint, which is looked up at the first request."""
 
-    def __init__(self, name: str, endpoint: Callable[[], Awaitable[Endpoint]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        endpoint: Callable[[], Awaitable[Endpoint]],
+        idle_timeout: float = IDLE_SECONDS,
+    ) -> None:
         self._name = name
         self._find = endpoint
+        self._idle_timeout = idle_timeout
         self._opening: asyncio.Task[tuple[Any, Endpoint]] | None = None
 
     def warm_up(self) -> None:
-        """Begin to open, so that the first question does not have to wait for it."""
+        """Start opening, so that the first message does not have to wait for it."""
         self._begin_opening().add_done_callback(_retrieved)
 
     async def open(self) -> tuple[Any, Endpoint]:
-        """The SDK's client; importing it takes a second, so it happens once, in a thread."""
+        """Return the SDK's client; it is imported in a thread, because that takes a second."""
         return await asyncio.shield(self._begin_opening())
 
     def _begin_opening(self) -> asyncio.Task[tuple[Any, Endpoint]]:
@@ -69,7 +85,7 @@ class OpenAIProvider:
         client = sdk.AsyncOpenAI(
             base_url=endpoint.base_url,
             api_key=endpoint.api_key or "none",
-            max_retries=MAX_RETRIES,
+            max_retries=0,
             timeout=None,
             http_client=transport.http_client(endpoint.base_url, CONNECT_SECONDS),
         )
@@ -87,26 +103,15 @@ class OpenAIProvider:
 
     async def stream(self, request: ProviderRequest) -> AsyncGenerator[Sequence[Delta], None]:
         client, endpoint = await self.open()
-        from .transport import reader_of
-
-        decoder, chunks = EventDecoder(), ChunkReader()
+        decoder, chunks, body = EventDecoder(), ChunkReader(), _body(request, endpoint)
         try:
-            # The low-level verb: the typed one walks through every message of the history first.
-            response = await client.post(
-                "/chat/completions",
-                body=_body(request, endpoint),
-                cast_to=object,
-                options={"headers": STREAM_HEADERS},
-            )
-            try:
-                reader = reader_of(response.http_response)
+            async with AsyncExitStack() as stack:
+                reader, is_stream = await self._send(stack, client, body)
                 while data := await reader.read(READ_BYTES):
                     if deltas := chunks.read(decoder.feed(data)):
                         yield deltas
                     if chunks.failure is not None:
                         raise chunks.failure
-            finally:
-                await response.close()
         except ProviderError:
             raise
         except Exception as error:
@@ -115,8 +120,27 @@ class OpenAIProvider:
             yield deltas
         if chunks.failure is not None:
             raise chunks.failure
+        if not (is_stream or chunks.started):
+            raise bad_response()
         if not chunks.finished:
             raise ProviderError("The provider broke off in the middle of its answer.")
+
+    async def _send(
+        self, stack: AsyncExitStack, client: Any, body: Mapping[str, Any]
+    ) -> tuple[Any, bool]:
+        """Return the response's reader, and whether the response says that it is a stream."""
+        from .transport import reader_of
+
+        response = await with_retries(
+            lambda: stack.enter_async_context(streamed(client, body, STREAM_HEADERS)),
+            self._idle_timeout,
+        )
+        reader = reader_of(response)
+        kind = str(response.headers.get("content-type", "")).partition(";")[0].strip().lower()
+        if kind in NO_STREAMS:
+            logger.warning("%s answered %s with %s", self._name, response.status_code, kind)
+            raise await _error_in(reader) if kind != "text/html" else bad_response()
+        return reader, kind == "text/event-stream"
 
     def _translated(self, error: Exception) -> Exception:
         import aiohttp
@@ -126,7 +150,7 @@ class OpenAIProvider:
             body: Mapping[str, Any] = error.body if isinstance(error.body, dict) else {}
             inner = body.get("error")
             body = inner if isinstance(inner, dict) else body
-            found = failure(error.status_code, body, _retry_after(error.response.headers))
+            found = failure(error.status_code, body, retry_after(error.response.headers))
             logger.warning("%s answered %s: %s", self._name, error.status_code, found.code)
             return found
         if isinstance(error, aiohttp.ClientResponseError):
@@ -135,7 +159,7 @@ class OpenAIProvider:
             return ProviderError("The provider did not answer in time.", code="provider_timeout")
         if isinstance(error, openai.APIConnectionError | aiohttp.ClientError | OSError):
             cause = error.__cause__ or error
-            logger.warning("%s can not be reached: %s", self._name, cause)
+            logger.warning("%s cannot be reached: %s", self._name, cause)
             return ProviderError("The connection to the model's provider failed.")
         return error
 
@@ -145,8 +169,20 @@ def _retrieved(opening: asyncio.Task[Any]) -> None:
         opening.exception()
 
 
+async def _error_in(reader: Any) -> ProviderError:
+    """Return the error that an endpoint sent with status 200."""
+    body = b""
+    while len(body) < MAX_ERROR_BYTES and (data := await reader.read(READ_BYTES)):
+        body += data
+    try:
+        error = json.loads(body)["error"]
+        return failure(None, error if isinstance(error, dict) else {"message": str(error)}, None)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return bad_response()
+
+
 def _body(request: ProviderRequest, endpoint: Endpoint) -> dict[str, Any]:
-    options = dict(request.options)
+    options = {**endpoint.options, **request.options}
     if "max_tokens" in options and "//api.openai.com" in endpoint.base_url:
         options["max_completion_tokens"] = options.pop("max_tokens")
     body: dict[str, Any] = {
@@ -157,7 +193,10 @@ def _body(request: ProviderRequest, endpoint: Endpoint) -> dict[str, Any]:
     }
     if endpoint.reports_usage:
         body["stream_options"] = {"include_usage": True}
-    if request.tools:
+    if not endpoint.takes_tools:
+        for name in TOOL_OPTIONS:
+            body.pop(name, None)
+    elif request.tools:
         body["tools"] = list(request.tools)
     return body
 
@@ -182,10 +221,3 @@ def _message(message: ProviderMessage) -> dict[str, Any]:
     if message.name is not None:
         body["name"] = message.name
     return body
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    try:
-        return max(0.0, float(headers["retry-after"]))
-    except (KeyError, ValueError):
-        return None

@@ -21,7 +21,7 @@ KEEPALIVE_SECONDS = 15
 
 
 def http_client(base_url: str, connect_seconds: float) -> httpx2.AsyncClient:
-    """A client for one endpoint: any number of connections, a limit of time only for connecting.
+    """Return a client for one endpoint, with a time limit for connecting only.
 
     A proxy is taken from the environment (``HTTPS_PROXY``, ``NO_PROXY``) here and once; aiohttp
     would ask a thread for it at every request.
@@ -37,19 +37,19 @@ def http_client(base_url: str, connect_seconds: float) -> httpx2.AsyncClient:
         proxy=proxy_of(base_url),
     )
     return httpx2.AsyncClient(
-        transport=AiohttpTransport(session), timeout=None, follow_redirects=True, trust_env=False
+        transport=AiohttpTransport(session), timeout=None, follow_redirects=False, trust_env=False
     )
 
 
 def proxy_of(url: str) -> str | None:
-    """The proxy that the environment names for a URL."""
+    """Return the proxy that the environment names for a URL."""
     parts = urlsplit(url)
     proxy = getproxies().get(parts.scheme)
     return proxy if proxy and not proxy_bypass(parts.hostname or "") else None
 
 
 class AiohttpTransport(httpx2.AsyncBaseTransport):
-    """Sends httpx's requests over an aiohttp session, which it closes."""
+    """Transport that sends httpx's requests over an aiohttp session, which it closes."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
@@ -88,7 +88,7 @@ class AiohttpTransport(httpx2.AsyncBaseTransport):
 
 
 class Body(httpx2.AsyncByteStream):
-    """What the SDK reads of a refusal; closing it ends the connection where more would come."""
+    """Body of a refusal; closing it ends the connection if more would come."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -102,6 +102,6 @@ class Body(httpx2.AsyncByteStream):
 
 
 def reader_of(response: Any) -> aiohttp.StreamReader:
-    """The reader of a response that the SDK has left unread."""
+    """Return the reader of a response that the SDK has left unread."""
     reader: aiohttp.StreamReader = response.extensions[READER]
     return reader
