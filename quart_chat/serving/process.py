@@ -28,6 +28,9 @@ KEEP_ALIVE_SECONDS = 75
 
 BACKLOG = 1024
 
+QUEUED_EVENTS = 2
+"""Frames of one client that are handled before other clients have their turn."""
+
 DRAIN_SLACK = 3.0
 """What a drain may take beyond its time, to store and to send last events."""
 
@@ -53,6 +56,7 @@ def hypercorn_config(settings: Settings, descriptor: int) -> BoundedConfig:
     config.send_timeout = settings.send_timeout
     config.keep_alive_timeout = KEEP_ALIVE_SECONDS
     config.graceful_timeout = 3 * GOODBYE_SECONDS
+    config.max_app_queue_size = QUEUED_EVENTS
     config.include_server_header = False
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn.error")

@@ -184,13 +184,15 @@ class ChatHTTPConnection(EndingConnection):
         async def receive_within_bound() -> Any:
             nonlocal bound, length
             event = await receive()
-            if event["type"] == "http.request" and event.get("body"):
-                if bound is None:
-                    bound = _kept_bytes(self.app, self.scope)
-                if length > bound or not bound:
-                    event = {**event, "body": b""}
-                else:
-                    length += len(event["body"])
+            while bound is not None and length > bound and event["type"] == "http.request":
+                event = await receive()
+            if event["type"] != "http.request" or not event.get("body"):
+                return event
+            if bound is None:
+                bound = _kept_bytes(self.app, self.scope)
+            length += len(event["body"])
+            if length > bound:  # Quart takes this for the end, and answers
+                event = {**event, "body": event["body"] if bound else b"", "more_body": False}
             return event
 
         await super().__call__(receive_within_bound, send)

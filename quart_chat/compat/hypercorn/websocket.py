@@ -18,6 +18,7 @@ from hypercorn.protocol.ws_stream import ASGIWebsocketState, WSStream
 from hypercorn.typing import ASGISendEvent
 from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection, Message, Ping, TextMessage
+from wsproto.events import Event as WebSocketEvent
 from wsproto.frame_protocol import CloseReason
 
 from .config import body_timeout, kept_bytes
@@ -29,7 +30,10 @@ CLOSE_SECONDS = 5.0
 """So long after our close frame the connection is cut, if it is still there."""
 
 CONTROL_FRAMES = 300
-"""Control frames and empty fragments in a second; a client that sends more is closed with 1008."""
+"""Control frames and tiny fragments in a second; a client that sends more is closed with 1008."""
+
+TINY = 64
+"""Bytes of a fragment below which it counts as a control frame."""
 
 EVENTS_AT_ONCE = 100
 """Frames that are handled before other connections have their turn."""
@@ -167,7 +171,7 @@ class BoundedWebSocket(EndsWithApp, WSStream):
                 await self._message(event)
             elif isinstance(event, Ping):
                 ping = event
-            if not getattr(event, "data", b"") and self._too_many_control_frames():
+            if _costs_more_than_it_carries(event) and self._too_many_control_frames():
                 await self._fail(CloseReason.POLICY_VIOLATION, "Too many control frames")
             if number % EVENTS_AT_ONCE == 0:
                 await asyncio.sleep(0)
@@ -249,6 +253,13 @@ class BoundedWebSocket(EndsWithApp, WSStream):
         for timer in (self._ping_timer, self._close_timer):
             if timer is not None:
                 timer.cancel()
+
+
+def _costs_more_than_it_carries(event: WebSocketEvent) -> bool:
+    """Whether a frame is a control frame or a tiny fragment."""
+    if isinstance(event, Message):
+        return event.frame_finished and not event.message_finished and len(event.data) < TINY
+    return True
 
 
 def websocket_frame(message: str | bytes) -> bytes:
