@@ -22,6 +22,8 @@ from hypercorn.typing import ASGISendEvent
 from .config import body_timeout
 from .websocket import BoundedWebSocket, EndsWithApp
 
+PIECE_BYTES = 32 * 1024
+
 ANSWER_SECONDS = 2.0
 """The application has its own limit for a body; its answer is better than a cut."""
 
@@ -35,7 +37,17 @@ class BoundedHTTP(EndsWithApp, HTTPStream):
         """Take a part of the answer; None if the application has returned."""
         if message is None:
             self.forget_messages()
+        elif message["type"] == "http.response.body" and len(message["body"]) > PIECE_BYTES:
+            await self._send_pieces(message["body"])
+            message = {**message, "body": b""}
         await super().app_send(message)
+
+    async def _send_pieces(self, body: bytes) -> None:
+        """Send a long body without copying all of it into the frames of HTTP."""
+        for start in range(0, len(body), PIECE_BYTES):
+            piece = body[start : start + PIECE_BYTES]
+            event: Any = {"type": "http.response.body", "body": piece, "more_body": True}
+            await super().app_send(event)
 
 
 class Ended(Exception):

@@ -26,7 +26,7 @@ if sys.platform == "linux":
 
 logger = logging.getLogger("quart_chat.connections")
 
-WRITE_BUFFER = 64 * 1024
+WRITE_BUFFER = 32 * 1024
 """Bytes that may wait in this process for a client; then whoever sends has to wait."""
 
 LINGER_SECONDS = 2.0
