@@ -15,7 +15,8 @@ from typing import Any
 from conftest import clean_environment
 from quart import Quart, Request, Websocket, websocket
 
-from quart_chat import QuartChat, sse_blueprint, threads_blueprint, websocket_blueprint
+from quart_chat import QuartChat, create_app, sse_blueprint, threads_blueprint, websocket_blueprint
+from quart_chat.compat.hypercorn import bound_connections
 
 KEYS = {"key-of-ada": "ada", "key-of-grace": "grace"}
 
@@ -68,7 +69,8 @@ async def hypercorn(
     try:
         yield host
     finally:
-        process.send_signal(signal.SIGTERM)
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
         await asyncio.wait_for(process.wait(), 60)
         await host.reader
 
@@ -90,6 +92,12 @@ def keyed_app() -> Quart:
         return KEYS.get(key)
 
     return app
+
+
+def bounded_app() -> Quart:
+    """A host that bounds the connections of its Hypercorn."""
+    assert bound_connections()
+    return create_app()
 
 
 def gated_app() -> Quart:

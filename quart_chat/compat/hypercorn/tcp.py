@@ -17,8 +17,9 @@ from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h11 import H11Protocol
 
-from .config import send_timeout
+from .config import BoundedConfig, send_timeout
 from .http import BoundedH11
+from .websocket import BoundedWebSocket
 
 if sys.platform == "linux":
     import fcntl
@@ -64,9 +65,13 @@ class BoundedTCPServer(TCPServer):
         plain = self.protocol.protocol
         if type(plain) is H11Protocol:
             self.protocol = BoundedH11.instead_of(plain, self.cut)  # type: ignore[assignment]
+        hosted = not isinstance(self.config, BoundedConfig)
+        ending = asyncio.create_task(self._end_with_server()) if hosted else None
         try:
             await super()._read_data()
         finally:
+            if ending is not None:
+                ending.cancel()
             self._ending = True
             if self._timer is not None:
                 self._timer.cancel()
@@ -74,6 +79,16 @@ class BoundedTCPServer(TCPServer):
                 self.protocol.end()
             # Hypercorn's task group would wait for it as long as an idle connection may stay.
             await self.idle_task.stop()
+
+    async def _end_with_server(self) -> None:
+        """End in time when a host's Hypercorn ends: it cancels, or waits forever (issue 308)."""
+        await self.context.terminated.wait()
+        await asyncio.sleep(max(0.0, self.config.graceful_timeout - 2 * FLUSH_SECONDS))
+        stream = getattr(self.protocol, "stream", None)
+        if isinstance(stream, BoundedWebSocket):
+            await stream.go_away()
+            await asyncio.sleep(FLUSH_SECONDS)
+        self.cut()
 
     async def protocol_send(self, event: Event) -> None:
         """Send what the protocol has for the client."""

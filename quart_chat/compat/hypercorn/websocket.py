@@ -220,6 +220,11 @@ class BoundedWebSocket(EndsWithApp, WSStream):
         self.state = ASGIWebsocketState.CLOSED
         await self.send(StreamClosed(self.stream_id))
 
+    async def go_away(self) -> None:
+        """Close the socket because the server ends."""
+        if self.state is ASGIWebsocketState.CONNECTED:
+            await self._fail(CloseReason.GOING_AWAY, "Server going away")
+
     def _unfinished(self) -> None:
         if not self.closed:
             reason = "A message took too long"
