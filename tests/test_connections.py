@@ -90,6 +90,15 @@ async def rest(reader: asyncio.StreamReader) -> bytes:
     return bytes(data)
 
 
+async def until_the_end(reader: asyncio.StreamReader, tail: bytes = b"") -> None:
+    """Read to the end of a chunked body."""
+    async with asyncio.timeout(SECONDS):
+        while not tail.endswith(b"\r\n0\r\n\r\n"):
+            data = await reader.read(65_536)
+            assert data, "the body was cut"
+            tail = (tail + data)[-7:]
+
+
 def process_of(server: Any) -> psutil.Process:
     """The process that serves; a host's Hypercorn has it as a child."""
     process = psutil.Process(server.process.pid)
@@ -108,11 +117,8 @@ async def until(condition: Callable[[], bool], seconds: float = SECONDS) -> None
 
 async def warmed_up(server: Any) -> int:
     """The server's memory once it has done everything once."""
-    async with open_raw(server, request("POST /chat/sse", "Content-Length: 1\r\n") + b"x") as (
-        r,
-        _,
-    ):
-        await r.readuntil(b"\r\n\r\n")
+    async with connect(server) as client:
+        assert (await client.ask("hi"))[-1]["status"] == "completed"
     async with open_socket(server) as (_, writer):
         writer.write(frame(TEXT, b"x" * 65_536) * 4)
         await writer.drain()
@@ -342,7 +348,7 @@ async def test_clients_that_leave_leave_nothing(serve: Serve, endpoint: Endpoint
 
         async def leave_at_the_end() -> None:
             async with open_raw(server, follow) as (reader, _):
-                await asyncio.wait_for(reader.readuntil(b"\r\n0\r\n\r\n"), SECONDS)
+                await until_the_end(reader)
 
         descriptors = process_of(server).num_fds()
         await asyncio.gather(*(leave_after(10_000) for _ in range(20)))
@@ -375,11 +381,10 @@ async def test_a_client_that_takes_little_is_not_dropped(serve: Serve, endpoint:
     async with answered(serve, endpoint, send_timeout=1) as (server, run):
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=4096)
         writer.write(request(f"GET /chat/sse?run_id={run}"))
-        size = 0
+        tail = b""
         for _ in range(30):  # three times as long as one may take nothing
-            size += len(await asyncio.wait_for(reader.read(20_000), SECONDS))
+            tail = (tail + await asyncio.wait_for(reader.read(20_000), SECONDS))[-7:]
             await asyncio.sleep(0.1)
-        while b"\r\n0\r\n\r\n" not in (data := await asyncio.wait_for(reader.read(65_536), 5)):
-            assert data
+        await until_the_end(reader, tail)
         writer.close()
         assert "was dropped" not in server.log()
