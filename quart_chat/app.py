@@ -64,7 +64,6 @@ def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None =
     app = Quart("quart_chat", static_folder=None)
     app.config.from_prefixed_env()
     app.config.update(config or {})
-    app.config["MAX_CONTENT_LENGTH"] = None  # ours says which bound was broken
     QuartSchema(
         app,
         info=Info(title="quart_chat", version=VERSION),
@@ -73,7 +72,9 @@ def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None =
         scalar_ui_path=None,
     )
     (chat or QuartChat()).init_app(app)
-    protocol = app.extensions[EXTENSION].settings.protocol
+    settings = app.extensions[EXTENSION].settings
+    app.config["MAX_CONTENT_LENGTH"] = 2 * settings.max_message_bytes  # ours refuses it earlier
+    protocol = settings.protocol
     if protocol in ("websocket", "both"):
         app.register_blueprint(websocket_blueprint, url_prefix=MOUNT)
     if protocol in ("sse", "both"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import sys
@@ -14,7 +15,8 @@ from typing import Any
 from conftest import clean_environment
 from quart import Quart, Request, Websocket, websocket
 
-from quart_chat import QuartChat, sse_blueprint, threads_blueprint, websocket_blueprint
+from quart_chat import QuartChat, create_app, sse_blueprint, threads_blueprint, websocket_blueprint
+from quart_chat.compat.hypercorn import bound_connections
 
 KEYS = {"key-of-ada": "ada", "key-of-grace": "grace"}
 
@@ -50,9 +52,10 @@ async def hypercorn(
     application: str, folder: Path, cwd: Path, environ: dict[str, str]
 ) -> AsyncIterator[Any]:
     """``hypercorn application`` on a free port, ended with SIGTERM."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "hypercorn", application, "--bind", "127.0.0.1:0"),
-        env={**clean_environment(), "PYTHONPATH": str(folder), **environ},
+        env={**clean_environment(), "PYTHONPATH": os.pathsep.join(paths), **environ},
         cwd=cwd,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -66,7 +69,8 @@ async def hypercorn(
     try:
         yield host
     finally:
-        process.send_signal(signal.SIGTERM)
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
         await asyncio.wait_for(process.wait(), 60)
         await host.reader
 
@@ -88,6 +92,12 @@ def keyed_app() -> Quart:
         return KEYS.get(key)
 
     return app
+
+
+def bounded_app() -> Quart:
+    """A host that bounds the connections of its Hypercorn."""
+    assert bound_connections()
+    return create_app()
 
 
 def gated_app() -> Quart:

@@ -14,7 +14,7 @@ from hosts import hypercorn
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import Message
 
-from quart_chat.serving import websocket_frame
+from quart_chat.compat.hypercorn.message import websocket_frame
 
 
 async def test_compression_is_not_agreed_to(server: Server) -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol, cast
 from urllib.parse import unquote
 
 from quart import Quart, Websocket
 from quart.asgi import ASGIHTTPConnection, ASGIWebsocketConnection
 from werkzeug.exceptions import HTTPException, NotFound
-from werkzeug.routing import BaseConverter
+from werkzeug.routing import BaseConverter, Rule
 
+from ..compat.quart import (
+    EndingConnection,
+    LeavableConnection,
+    has_converter,
+    leavable_connection,
+)
 from ..core.commands import is_id
 from .codec import Frame
 
@@ -23,8 +32,16 @@ SLASH = "\x1f"
 
 CONVERTER = "chat_id"
 
-HAND_OFF = "quart_chat.keeper"
+HAND_OFF = "quart_chat.hand_off"
 """The key in a socket's scope."""
+
+EXTENSION = "quart_chat"
+BLUEPRINTS = ".quart_chat_"
+"""What the endpoints of our blueprints have in common."""
+
+BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
+
+GO_AWAY_SECONDS = 2.0
 
 
 class IdConverter(BaseConverter):
@@ -73,6 +90,8 @@ class ASGISocket:
         for frame in self._waiting:
             return frame
         event = await self._receive()
+        if event["type"] == "websocket.connect":  # Quart need not have taken it
+            event = await self._receive()
         if event["type"] == "websocket.disconnect":
             self.closed = True
             raise Disconnected
@@ -90,65 +109,46 @@ class ASGISocket:
         await self._send({"type": "websocket.close", "code": code, "reason": reason})
 
 
-class ChatWebsocketConnection(ASGIWebsocketConnection):
-    """Quart's connection, which a handler may leave for the server's own socket.
+class _ChatConnection:
+    """Goes on below Quart's connection when the handler has left the socket open.
 
     Quart keeps two tasks, a queue, a context and a request for every socket, and passes each frame
     through them; an idle socket is a third smaller without, and a token has a shorter way. So the
     chat's handler lets Quart route, run the host's hooks and authenticate, and goes on below it:
-    see ``keeper``. Every other socket of the application stays with Quart. Its queue has a bound
-    here, which holds back a client that sends faster than it is answered.
+    see ``hand_off``. Every other socket of the application stays with Quart.
     """
 
-    def __init__(self, app: Quart, scope: Any) -> None:
-        super().__init__(app, cast("Any", {**scope, HAND_OFF: self._keep}))
-        self.queue: Frames = Frames(WAITING_FRAMES)
-        self._gone = False
+    def __init__(self, plain: Callable[..., LeavableConnection], app: Quart, scope: Any) -> None:
+        self._app = app
         self._serve: Serve | None = None
+        self._quart = plain(app, {**scope, HAND_OFF: self._keep}, WAITING_FRAMES)
 
     def _keep(self, serve: Serve) -> None:
         self._serve = serve
+        self._quart.leave_open()
 
     async def __call__(self, receive: Any, send: Any) -> None:
-        await super().__call__(receive, send)
-        if self._serve is None or self._gone:
+        await self._quart(receive, send)
+        serve, waiting = self._serve, self._quart.waiting
+        if serve is None or not self._quart.left_open:
             return
-        wire = ASGISocket(self.queue.left(), receive, send)
-        del self.queue, self.scope
-        async with self.app.app_context():
-            await self._serve(wire)
-        if not wire.closed:
-            await wire.close(1000, "")
-
-    async def handle_messages(self, receive: Any) -> None:
-        await super().handle_messages(receive)
-        self._gone = True
-
-    async def handle_websocket(self, websocket: Websocket, send: Any) -> None:
-        async def unless_handed_off(event: Any) -> None:
-            if self._serve is None:
-                await send(event)
-
-        await super().handle_websocket(websocket, unless_handed_off)
-
-
-class Frames(asyncio.Queue[Frame]):
-    """A queue that loses nothing when who puts is cancelled."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self._late: list[Frame] = []
-
-    async def put(self, item: Frame) -> None:
+        del self._quart
+        socket = ASGISocket(waiting.take_all(), receive, send)
         try:
-            await super().put(item)
-        except asyncio.CancelledError:
-            self._late.append(item)
+            async with self._app.app_context():
+                await serve(socket)
+        except asyncio.CancelledError:  # the server ends, and has not asked the application
+            await _go_away(socket)
             raise
+        if not socket.closed:
+            await socket.close(1000, "")
 
-    def left(self) -> list[Frame]:
-        """Take all that nobody got."""
-        return [*(self.get_nowait() for _ in range(self.qsize())), *self._late]
+
+async def _go_away(socket: ASGISocket) -> None:
+    if not socket.closed:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(GO_AWAY_SECONDS):
+                await socket.close(1001, "Server going away")
 
 
 def hand_off(socket: Websocket) -> Callable[[Serve], None] | None:
@@ -160,30 +160,67 @@ def hand_off(socket: Websocket) -> Callable[[Serve], None] | None:
     return scope.get(HAND_OFF)
 
 
-class EncodedSlashConnection(ASGIHTTPConnection):
-    """Lets ids in our paths hold a slash, sent as ``%2F``; ASGI's path has it decoded already."""
+class ChatHTTPConnection(EndingConnection):
+    """Quart's connection, with a bound for bodies that nobody reads and for slashes in ids.
+
+    * Quart collects a body as it comes, before a handler asks for it. What is over the bound, and
+      what a route of ours does not want, is dropped here.
+    * Ids in our paths may hold a slash, sent as ``%2F``; ASGI's path has it decoded already.
+    """
 
     def __init__(self, app: Quart, scope: Any) -> None:
         raw: bytes = scope.get("raw_path") or b""
         if b"%2f" in raw.lower() and b"%1f" not in raw.lower():
             path = unquote(raw.decode("latin-1").replace("%2F", SLASH).replace("%2f", SLASH))
-            if _is_ours(app, path, scope["method"]):
+            rule = _rule(app, path, scope["method"])
+            if rule is not None and has_converter(rule, IdConverter, CONVERTER):
                 scope = {**scope, "path": path}
         super().__init__(app, scope)
 
+    async def __call__(self, receive: Any, send: Any) -> None:
+        bound: int | None = None
+        length = 0
 
-def _is_ours(app: Quart, path: str, method: str) -> bool:
+        async def receive_within_bound() -> Any:
+            nonlocal bound, length
+            event = await receive()
+            while bound is not None and length > bound and event["type"] == "http.request":
+                event = await receive()
+            if event["type"] != "http.request" or not event.get("body"):
+                return event
+            if bound is None:
+                bound = _kept_bytes(self.app, self.scope)
+            length += len(event["body"])
+            if length > bound:  # Quart takes this for the end, and answers
+                event = {**event, "body": event["body"] if bound else b"", "more_body": False}
+            return event
+
+        await super().__call__(receive_within_bound, send)
+
+
+def _kept_bytes(app: Quart, scope: Any) -> int:
+    """Return the bytes of a body that are kept until the handler asks for them."""
+    rule = _rule(app, scope["path"], scope["method"])
+    chat = app.extensions.get(EXTENSION)
+    if rule is not None and BLUEPRINTS in f".{rule.endpoint}" and chat is not None:
+        return 0 if scope["method"] in BODILESS else int(chat.settings.max_message_bytes)
+    bound: int | None = app.config["MAX_CONTENT_LENGTH"]
+    return sys.maxsize if bound is None else bound
+
+
+def _rule(app: Quart, path: str, method: str) -> Rule | None:
     try:
         rule, _ = app.url_map.bind("localhost").match(path, method, return_rule=True)
     except HTTPException:
-        return False
-    return any(isinstance(each, IdConverter) for each in rule._converters.values())
+        return None
+    return rule
 
 
 def prepare(app: Quart) -> None:
     """Use these classes and the converter in an application that has not chosen its own."""
     app.url_map.converters[CONVERTER] = IdConverter
     if app.asgi_http_class is ASGIHTTPConnection:
-        app.asgi_http_class = EncodedSlashConnection
-    if app.asgi_websocket_class is ASGIWebsocketConnection:
-        app.asgi_websocket_class = ChatWebsocketConnection
+        app.asgi_http_class = ChatHTTPConnection
+    plain = leavable_connection()
+    if app.asgi_websocket_class is ASGIWebsocketConnection and plain is not None:
+        app.asgi_websocket_class = cast("Any", partial(_ChatConnection, plain))

@@ -1,0 +1,91 @@
+"""Signals that end the process, and a deadline that no code of the process can hold up."""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger("quart_chat.serving")
+
+LOG_SECONDS = 0.2
+TICK_SECONDS = 0.05
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Deadline:
+    """Ends the process when its time is over, also while the event loop is blocked.
+
+    Its thread is started without the locks of ``threading`` and of ``logging``, because a signal
+    handler runs between any two instructions of whoever may hold them.
+    """
+
+    def __init__(self) -> None:
+        self._at: float | None = None
+        self._code = 1
+
+    def end_within(self, seconds: float, code: int = 1) -> None:
+        """End the process after so long, or earlier if that was asked for before."""
+        at = time.monotonic() + seconds
+        first = self._at is None
+        if self._at is None or at < self._at:
+            self._at, self._code = at, code
+        if first:
+            _thread.start_new_thread(self._watch, ())
+
+    def _watch(self) -> None:
+        while self._at is not None and time.monotonic() < self._at:
+            time.sleep(TICK_SECONDS)
+        if self._code:
+            _thread.start_new_thread(_log_end, ())
+            time.sleep(LOG_SECONDS)
+        os._exit(self._code)
+
+
+def _log_end() -> None:
+    logger.error("Something did not end in time; the process is ended. See CHAT_DRAIN_TIMEOUT.")
+
+
+class EndSignals:
+    """SIGINT, SIGTERM and SIGHUP: the first asks for an end, the second for an end at once."""
+
+    def __init__(self, deadline: Deadline, first_seconds: float, second_seconds: float) -> None:
+        self._deadline = deadline
+        self._seconds = (first_seconds, second_seconds)
+        self._count = 0
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    def listen(self, on_first: Callable[[], None]) -> None:
+        """Handle signals from now on; the function is called in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._on_first = on_first
+        for name in NAMES:
+            number = getattr(signal, name, None)
+            if number is None or (
+                name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN  # nohup
+            ):
+                continue
+            # Not the loop's own handlers: those wait for a loop that a tool may block.
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._count += 1
+        if self._count <= len(self._seconds):
+            self._deadline.end_within(self._seconds[self._count - 1])
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._handled, self._count)
+
+    def _handled(self, count: int) -> None:
+        if not self.first.is_set():
+            self.first.set()
+            self._on_first()
+        if count > 1:
+            self.second.set()
