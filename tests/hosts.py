@@ -77,7 +77,7 @@ def keyed_app() -> Quart:
     app.config.from_prefixed_env()
     chat = QuartChat(app)
     app.register_blueprint(websocket_blueprint, url_prefix="/chat")
-    app.register_blueprint(sse_blueprint, url_prefix="/chat/sse")
+    app.register_blueprint(sse_blueprint, url_prefix="/chat")
     app.register_blueprint(threads_blueprint, url_prefix="/chat")
 
     @chat.authenticate

@@ -24,6 +24,7 @@ class Window:
     branch: Literal["current", "all"] = "current"
     leaf: str | None = None
     after: int | None = None
+    max_chars: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
