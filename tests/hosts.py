@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import sys
@@ -50,9 +51,10 @@ async def hypercorn(
     application: str, folder: Path, cwd: Path, environ: dict[str, str]
 ) -> AsyncIterator[Any]:
     """``hypercorn application`` on a free port, ended with SIGTERM."""
+    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "hypercorn", application, "--bind", "127.0.0.1:0"),
-        env={**clean_environment(), "PYTHONPATH": str(folder), **environ},
+        env={**clean_environment(), "PYTHONPATH": os.pathsep.join(path), **environ},
         cwd=cwd,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from typing import Any, Concatenate, ParamSpec
 
 from quart import Blueprint, Request, Response, has_request_context, jsonify, request
@@ -106,17 +106,17 @@ async def refusal(error: Exception, connection: Request) -> Response:
     if isinstance(known, TooLarge):
         answer = await response.get_data(as_text=False)
         headers = response.headers
-        response = Response(_then_discard(answer, connection), known.status, headers)
+        response = Response(_then_discard(answer, connection.body), known.status, headers)
         response.headers["Content-Length"] = str(len(answer))
     return response
 
 
-async def _then_discard(answer: bytes, connection: Request) -> AsyncGenerator[bytes, None]:
+async def _then_discard(answer: bytes, body: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
     yield answer
     discarded = 0
     try:
         async with asyncio.timeout(DISCARD_SECONDS):
-            async for piece in connection.body:
+            async for piece in body:
                 discarded += len(piece)
                 if discarded > DISCARDED_BYTES:
                     break
