@@ -2,8 +2,8 @@
 
 Start a server, then run a part against it; text is shown as it streams:
 
-    quart_chat chat-server --protocol both                    websocket, msgpack, sse, stop
-    quart_chat chat-server --protocol both --no-database      history
+    quart_chat chat-server                    websocket, msgpack, sse, stop
+    quart_chat chat-server --no-database      history
 
     python examples/chat_server_examples.py websocket
     python examples/chat_server_examples.py all --server 127.0.0.1:8080
