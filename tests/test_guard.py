@@ -24,6 +24,7 @@ from quart_chat.transports.limits import ConnectionSlots, TooManyConnections
 from quart_chat.transports.origins import LOOPBACK_ORIGIN
 
 BOUND = 1024 * 1024
+SKEW_SECONDS = 10
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +300,7 @@ async def test_a_socket_that_does_not_read_does_not_outlive_its_token(
     async with remote_server(auth, endpoint, tmp_path, max_connections=1) as server:
         other = bearer(auth.token("ada"))
         async with AsyncExitStack() as stack, client(server, headers=other) as http:
-            token = bearer(auth.token("ada", lasts=3))
+            token = bearer(auth.token("ada", lasts=3 - SKEW_SECONDS))
             socket = await stack.enter_async_context(
                 connect(server, additional_headers=token, max_queue=1)
             )
