@@ -302,7 +302,7 @@ async def test_a_socket_that_does_not_read_does_not_outlive_its_token(
         async with AsyncExitStack() as stack, client(server, headers=other) as http:
             token = bearer(auth.token("ada", lasts=3 - SKEW_SECONDS))
             socket = await stack.enter_async_context(
-                connect(server, additional_headers=token, max_queue=1)
+                connect(server, additional_headers=token, max_queue=1, close_timeout=0.5)
             )
             expired = time.monotonic() + 3
             await socket.send({"content": "script:flood", "thread_id": "t"})
