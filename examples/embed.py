@@ -54,7 +54,7 @@ async def close_the_shops_database() -> None:
 
 chat = QuartChat(app)
 app.register_blueprint(websocket_blueprint, url_prefix="/support")
-app.register_blueprint(sse_blueprint, url_prefix="/support/sse")
+app.register_blueprint(sse_blueprint, url_prefix="/support")
 app.register_blueprint(threads_blueprint, url_prefix="/support")
 
 

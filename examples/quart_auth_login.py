@@ -19,7 +19,7 @@ app.config.from_prefixed_env()
 QuartAuth(app)
 chat = QuartChat(app)
 app.register_blueprint(websocket_blueprint, url_prefix="/chat")
-app.register_blueprint(sse_blueprint, url_prefix="/chat/sse")
+app.register_blueprint(sse_blueprint, url_prefix="/chat")
 app.register_blueprint(threads_blueprint, url_prefix="/chat")
 
 PASSWORDS = {"ada": "lovelace", "grace": "hopper"}

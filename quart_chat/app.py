@@ -6,49 +6,21 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from quart import Quart, Response, jsonify, request
-from quart_schema import Info, QuartSchema, hide
-from quart_schema.openapi import OpenAPIProvider
+from quart import Quart, Response, request
+from quart_schema import hide
 
+from .errors import NotFound
 from .extension import QuartChat
-from .transports.asyncapi import asyncapi, event_schemas
+from .transports.documents import DOCS, add_documents
 from .transports.health import health_blueprint
+from .transports.http import DISCARDED_BYTES, error_response, refusal, secured
 from .transports.sse import sse_blueprint
-from .transports.state import EXTENSION, as_chat_error, error_response, secured
+from .transports.state import EXTENSION, current_state
 from .transports.threads import threads_blueprint
 from .transports.websocket import websocket_blueprint
 
 MOUNT = "/chat"
-DOCS = "/docs"
 VERSION = version("quart-chat")
-
-
-NO_CONTENT = (
-    ("/threads/{thread_id}", "delete", "The thread is gone"),
-    ("/threads/{thread_id}/messages/{message_id}/feedback", "put", "The feedback is stored"),
-)
-NOTHING_MORE = {"description": "There is nothing (more) to follow"}
-
-
-class ChatOpenAPI(OpenAPIProvider):
-    """Shows the streams as what they are, with a schema for every event."""
-
-    def schema(self) -> dict[str, Any]:
-        document = super().schema()
-        schemas = document["components"]["schemas"]
-        events = {f"event.{kind}": schema for kind, schema in event_schemas(schemas).items()}
-        schemas.update(events)
-        one_of = [{"$ref": f"#/components/schemas/{name}"} for name in events]
-        for method, operation in document["paths"].get(f"{MOUNT}/sse", {}).items():
-            answers = {str(status): told for status, told in operation["responses"].items()}
-            answers["200"]["content"] = {"text/event-stream": {"schema": {"oneOf": one_of}}}
-            if method == "get":
-                operation["responses"][204] = NOTHING_MORE
-        for path, method, says in NO_CONTENT:
-            if (operation := document["paths"].get(f"{MOUNT}{path}", {}).get(method)) is not None:
-                operation["responses"].pop(200, None)
-                operation["responses"][204] = {"description": says}
-        return document
 
 
 def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None = None) -> Quart:
@@ -64,29 +36,48 @@ def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None =
     app = Quart("quart_chat", static_folder=None)
     app.config.from_prefixed_env()
     app.config.update(config or {})
-    QuartSchema(
-        app,
-        info=Info(title="quart_chat", version=VERSION),
-        openapi_provider_class=ChatOpenAPI,
-        redoc_ui_path=None,
-        scalar_ui_path=None,
-    )
+    add_documents(app, VERSION, MOUNT)
     (chat or QuartChat()).init_app(app)
     settings = app.extensions[EXTENSION].settings
-    app.config["MAX_CONTENT_LENGTH"] = 2 * settings.max_message_bytes  # ours refuses it earlier
-    protocol = settings.protocol
-    if protocol in ("websocket", "both"):
-        app.register_blueprint(websocket_blueprint, url_prefix=MOUNT)
-    if protocol in ("sse", "both"):
-        app.register_blueprint(sse_blueprint, url_prefix=f"{MOUNT}/sse")
-    app.register_blueprint(threads_blueprint, url_prefix=MOUNT)
+    # Quart keeps no more of a body that nobody reads.
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_message_bytes + DISCARDED_BYTES
+    left_out = _left_out(app, settings.protocol)
+    for blueprint in (websocket_blueprint, sse_blueprint, threads_blueprint):
+        if blueprint is not left_out:
+            app.register_blueprint(blueprint, url_prefix=MOUNT)
     app.register_blueprint(health_blueprint)
+    _guard_the_rest(app)
+    return app
 
-    @app.get("/asyncapi.json")
+
+def _left_out(app: Quart, protocol: str) -> Any:
+    """Answer with a 404 that says why at the transport that the server leaves out."""
+    if protocol == "both":
+        return None
+    error = NotFound(
+        f"This server runs with --protocol {protocol}. "
+        + (f"Connect a WebSocket to {MOUNT}." if protocol == "websocket" else f"Use {MOUNT}/sse.")
+    )
+
     @hide
-    async def async_api() -> Response:
-        found: Response = jsonify(asyncapi(VERSION, MOUNT))
-        return found
+    async def left_out() -> Response:
+        return secured(error_response(error))
+
+    if protocol == "websocket":
+        app.add_url_rule(f"{MOUNT}/sse", "left_out", left_out, methods=["GET", "POST"])
+        return sse_blueprint
+    app.add_url_rule(MOUNT, "left_out", left_out)
+    app.add_websocket(MOUNT, "left_out_socket", left_out)
+    return websocket_blueprint
+
+
+def _guard_the_rest(app: Quart) -> None:
+    """Give what no blueprint serves the same checks, errors and headers."""
+
+    @app.before_request
+    async def check() -> None:
+        if request.blueprint is None:
+            current_state().guard.check_origin(request)
 
     @app.after_request
     async def finish(response: Response) -> Response:
@@ -96,6 +87,4 @@ def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None =
 
     @app.errorhandler(Exception)
     async def refuse(error: Exception) -> Response:
-        return error_response(as_chat_error(error))
-
-    return app
+        return await refusal(error, request)

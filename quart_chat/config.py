@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import os
 import re
@@ -364,9 +365,14 @@ def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
 
 def loopback(host: str) -> bool:
     """Return whether only this machine reaches an address."""
-    return (
-        host in ("localhost", "::1", "[::1]") or re.match(r"127\.\d+\.\d+\.\d+$", host) is not None
-    )
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def check_address(settings: Settings, host: str) -> None:

@@ -248,7 +248,7 @@ def frames(body: str) -> list[dict[str, Any]]:
         for line in block.split("\n"):
             name, _, value = line.partition(": ")
             if line.startswith(":"):
-                frame["comment"] = line[1:].strip()
+                found.append({"comment": line[1:].strip()})
             elif name == "data":
                 frame["data"] = json.loads(value)
             elif line:

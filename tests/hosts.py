@@ -52,10 +52,10 @@ async def hypercorn(
     application: str, folder: Path, cwd: Path, environ: dict[str, str]
 ) -> AsyncIterator[Any]:
     """``hypercorn application`` on a free port, ended with SIGTERM."""
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "hypercorn", application, "--bind", "127.0.0.1:0"),
-        env={**clean_environment(), "PYTHONPATH": os.pathsep.join(paths), **environ},
+        env={**clean_environment(), "PYTHONPATH": os.pathsep.join(path), **environ},
         cwd=cwd,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -81,7 +81,7 @@ def keyed_app() -> Quart:
     app.config.from_prefixed_env()
     chat = QuartChat(app)
     app.register_blueprint(websocket_blueprint, url_prefix="/chat")
-    app.register_blueprint(sse_blueprint, url_prefix="/chat/sse")
+    app.register_blueprint(sse_blueprint, url_prefix="/chat")
     app.register_blueprint(threads_blueprint, url_prefix="/chat")
 
     @chat.authenticate

@@ -271,7 +271,9 @@ async def test_a_body_without_a_length_is_bounded_as_well(serve: Any, path: str)
     before = process.memory_info().rss
     sent = 0
     reader, writer = await asyncio.open_connection(server.host, server.port)
-    writer.write(f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+    writer.write(
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    )
     try:
         async with asyncio.timeout(SECONDS):
             for _ in range(96):

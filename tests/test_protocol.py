@@ -100,7 +100,7 @@ async def test_the_stream_opens_before_the_provider_answers(
         text = await anext(body)
         while '"start"' not in text:
             text += await anext(body)
-        assert text.startswith(": open\n\n")
+        assert text.startswith(": open\nid: ")
         thread = response.headers["x-thread-id"]
         await http.post(f"/chat/threads/{thread}/stop")
 

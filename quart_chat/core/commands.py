@@ -1,4 +1,4 @@
-"""What a client may ask, as frozen values, and ``parse``, which makes them of decoded input."""
+"""Commands of clients as frozen values, and ``parse``, which builds them from decoded input."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from .messages import MessageContent, ToolCall, without_empty
 M = TypeVar("M", bound=BaseModel)
 
 MAX_DEPTH = 32
+MAX_VALUES = 10_000
 MAX_PARTS = 64
 MAX_METADATA_BYTES = 16 * 1024
 MAX_CLIENT_TOOLS = 32
@@ -60,12 +61,12 @@ class _Value(BaseModel):
 
 
 def size_of(value: Any) -> int:
-    """The bytes of a value as compact JSON."""
+    """Return the bytes of a value as compact JSON."""
     return len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 def checked_metadata(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Metadata within its bound.
+    """Return metadata that is within its bound.
 
     Raises:
         ValueError: It is larger than 16 KiB as JSON.
@@ -127,7 +128,9 @@ class FilePart(_Value):
 
 Part = Annotated[TextPart | ImagePart | AudioPart | FilePart, Field(discriminator="type")]
 Text = Annotated[NonEmpty, Tag("text")]
-Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS), Tag("parts")]
+Parts = Annotated[
+    list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("parts")
+]
 
 
 def _text_or_parts(value: Any) -> str:
@@ -138,7 +141,7 @@ ContentField = Annotated[Text | Parts, Discriminator(_text_or_parts)]
 
 
 def plain_content(content: str | list[Any]) -> MessageContent:
-    """Validated content as the plain values that are stored and sent on."""
+    """Return validated content as the plain values that are stored and sent on."""
     if isinstance(content, str):
         return content
     return [part.model_dump(exclude_none=True) for part in content]
@@ -166,13 +169,15 @@ class PastMessage(_Value):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: ContentField | Literal[""] | None = ""
-    tool_calls: list[PastToolCall] | None = None
+    tool_calls: Annotated[list[PastToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Name | None = None
     name: Name | None = None
     thread_id: Id | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> PastMessage:
+        if not self.content and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is required; only an assistant with tool_calls has none")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls belong to role assistant")
         if (self.tool_call_id is not None) != (self.role == "tool"):
@@ -214,14 +219,20 @@ class SendMessage(Command):
     content: ContentField
     model: Name | None = None
     provider: Name | None = None
-    tools: Annotated[list[Name], Field(max_length=128)] | None = None
-    client_tools: Annotated[list[ClientTool], Field(max_length=MAX_CLIENT_TOOLS)] | None = None
+    tools: Annotated[list[Name], Field(max_length=128, fail_fast=True)] | None = None
+    client_tools: (
+        Annotated[list[ClientTool], Field(max_length=MAX_CLIENT_TOOLS, fail_fast=True)] | None
+    ) = None
     parent_id: Id | None = None
-    history: Annotated[list[PastMessage], Field(max_length=2000)] | None = None
+    history: Annotated[list[PastMessage], Field(max_length=2000, fail_fast=True)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1, max_length=4)] | None = None
+    stop: (
+        NonEmpty
+        | Annotated[list[NonEmpty], Field(min_length=1, max_length=4, fail_fast=True)]
+        | None
+    ) = None
     seed: int | None = None
     response_format: dict[str, Any] | None = None
     reasoning_effort: Annotated[str, StringConstraints(pattern=r"^[a-z]{1,16}$")] | None = None
@@ -242,11 +253,11 @@ class SendMessage(Command):
 
     @property
     def plain(self) -> MessageContent:
-        """The content as plain values."""
+        """Return the content as plain values."""
         return plain_content(self.content)
 
     def options(self) -> dict[str, Any]:
-        """What is asked for besides the content, without what was left out."""
+        """Return what is asked for besides the content, without what was left out."""
         values = {name: getattr(self, name) for name in OPTION_FIELDS}
         values["tools"] = self.tools
         values["client_tools"] = [tool.model_dump() for tool in self.client_tools or ()]
@@ -254,7 +265,7 @@ class SendMessage(Command):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for a retry; different if content, model, provider, parent or tools differ."""
+        """Return a hash of content, model, provider, parent and tools, equal for a retry."""
         options = self.options()
         asked = [
             self.plain,
@@ -346,10 +357,10 @@ COMMANDS: dict[str, type[AnyCommand]] = {
 
 
 def parse(data: Any) -> AnyCommand:
-    """Make a command of decoded JSON or MessagePack.
+    """Build a command from decoded JSON or MessagePack.
 
     Raises:
-        InvalidMessage: It says something that the protocol does not allow; names the field.
+        InvalidMessage: The protocol does not allow it; the sentence names the field.
         UnsupportedField: A field of the original protocol asks for something.
     """
     if not isinstance(data, dict):
@@ -358,69 +369,77 @@ def parse(data: Any) -> AnyCommand:
     kind = data.get("type") or "message"
     model = COMMANDS.get(kind) if isinstance(kind, str) else None
     if model is None:
-        raise InvalidMessage(f"type: there is no such command; allowed are {', '.join(COMMANDS)}.")
+        raise InvalidMessage(
+            f"type: this command does not exist. Allowed are {', '.join(COMMANDS)}."
+        )
     return validated(model, {"type": kind} | _present(data))
 
 
 def validated(model: type[M], data: Mapping[str, Any]) -> M:
-    """Build a model of plain values.
+    """Build a model from plain values.
 
     Raises:
-        InvalidMessage: Names the first field that does not fit, and what does.
+        InvalidMessage: Names the first unknown field, or else the first that does not fit.
     """
+    for key in data:
+        if key not in model.model_fields:
+            raise InvalidMessage(_unknown_field(key, model))
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise InvalidMessage(_sentence(error, model)) from None
+        raise InvalidMessage(_sentence(error)) from None
+
+
+def _unknown_field(key: str, model: type[BaseModel]) -> str:
+    return f"{key[:128]}: unknown field. Allowed are {', '.join(model.model_fields)}."
 
 
 def _present(data: dict[str, Any]) -> dict[str, Any]:
     present = {key: value for key, value in data.items() if value is not None}
     for key in IGNORED_FIELDS & present.keys():
         if present.pop(key) not in (False, "", [], {}):
-            raise UnsupportedField(f"{key}: this server has no such thing; leave the field out.")
+            raise UnsupportedField(f"{key}: this server does not support it. Leave the field out.")
     if isinstance(history := present.get("history"), list):
         present["history"] = [_present(m) if isinstance(m, dict) else m for m in history]
     return present
 
 
-def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    path = [str(step) for step in first["loc"] if step not in ("text", "parts")]
+def _sentence(error: ValidationError) -> str:
+    errors = error.errors(include_url=False, include_input=False)
+    unknown = (each for each in errors if each["type"] == "extra_forbidden")
+    first = next(unknown, errors[0])
+    path = [str(step)[:128] for step in first["loc"] if step not in ("text", "parts")]
     where = ".".join(path) or "message"
     if first["type"] == "extra_forbidden":
-        allowed = ", ".join(model.model_fields) if len(path) == 1 else ""
-        return f"{where}: there is no such field." + (f" Allowed are {allowed}." if allowed else "")
+        return f"{where}: unknown field. Leave it out."
     if first["type"] == "missing":
         return f"{where}: this field is required."
-    says = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {says[:1].lower()}{says[1:]}."
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {reason[:1].lower()}{reason[1:]}."
 
 
 def is_id(text: str) -> bool:
-    """Whether a text can be the id of something."""
+    """Return whether a text can be an id."""
     return re.fullmatch(ID_PATTERN, text) is not None
 
 
-def check_values(value: Any, depth: int = 0) -> None:
-    """Refuse what no part of the server could keep: see the protocol, section 2.1.
+def check_values(value: Any) -> None:
+    """Refuse what no part of the server could keep: see the protocol, section 2.
 
     Raises:
         InvalidMessage: NaN or an infinity, a NUL character, half of a surrogate pair, a key that
-            is not a string, an integer beyond 64 bits, bytes, or nesting deeper than 32.
+            is not a string, an integer beyond 64 bits, bytes, nesting deeper than 32, or more than
+            10,000 values.
     """
+    _check(value, 0, MAX_VALUES)
+
+
+def _check(value: Any, depth: int, left: int) -> int:
+    """Check a value and what it holds, and return how many more there may be."""
     if isinstance(value, str):
         _check_text(value)
     elif isinstance(value, dict | list):
-        if depth >= MAX_DEPTH:
-            raise InvalidMessage(f"The message is nested more than {MAX_DEPTH} levels deep.")
-        if isinstance(value, dict):
-            for key in value:
-                if not isinstance(key, str):
-                    raise InvalidMessage("The keys of a map are strings.")
-                _check_text(key)
-        for inner in value.values() if isinstance(value, dict) else value:
-            check_values(inner, depth + 1)
+        return _check_inside(value, depth, left)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise InvalidMessage("Numbers are finite: NaN and infinities are not allowed.")
@@ -428,14 +447,33 @@ def check_values(value: Any, depth: int = 0) -> None:
         if not -(2**63) <= value < 2**64:
             raise InvalidMessage("Integers have at most 64 bits.")
     elif value is not None:
-        raise InvalidMessage(f"There is no place for a value of type {type(value).__name__}.")
+        raise InvalidMessage(f"A value of type {type(value).__name__} is not allowed.")
+    return left
+
+
+def _check_inside(value: dict[Any, Any] | list[Any], depth: int, left: int) -> int:
+    if depth >= MAX_DEPTH:
+        raise InvalidMessage(f"The message is nested more than {MAX_DEPTH} levels deep.")
+    left -= len(value)
+    if left < 0:
+        raise InvalidMessage(f"The message holds more than {MAX_VALUES:,} values.")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise InvalidMessage("The keys of a map are strings.")
+            _check_text(key)
+    for inner in value.values() if isinstance(value, dict) else value:
+        left = _check(inner, depth + 1, left)
+    return left
 
 
 def _check_text(text: str) -> None:
     if "\0" in text:
-        raise InvalidMessage("Texts hold no NUL characters.")
+        raise InvalidMessage("NUL characters are not allowed.")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise InvalidMessage("A text holds half of a surrogate pair.") from None
+            raise InvalidMessage(
+                "A text holds half of a surrogate pair. Send valid Unicode."
+            ) from None

@@ -29,7 +29,7 @@ STOPPED_BY_USER = "Generation stopped by user"
 LOOK_SECONDS = 0.25
 """How often a drain looks at what has changed."""
 
-GRACE_SECONDS = 2.0
+GRACE_SECONDS = 1.5
 """How long interrupted runs may take to store their text before they are left to recovery."""
 
 

@@ -66,6 +66,23 @@ UNNUMBERED: dict[str, dict[str, Any]] = {
 }
 
 
+BEARER = {
+    "type": "http",
+    "scheme": "bearer",
+    "bearerFormat": "JWT",
+    "description": "Not needed with local auth. Browsers send the subprotocol bearer.<token>.",
+}
+
+
+def _server(protocol: str) -> dict[str, Any]:
+    return {
+        "host": "{host}",
+        "protocol": protocol,
+        "variables": {"host": {"default": "127.0.0.1:8080"}},
+        "security": [{"$ref": "#/components/securitySchemes/bearer"}],
+    }
+
+
 def _schema(model: Any, schemas: dict[str, Any]) -> dict[str, Any]:
     found = TypeAdapter(model).json_schema(ref_template=REFERENCES)
     schemas.update(found.pop("$defs", {}))
@@ -74,7 +91,7 @@ def _schema(model: Any, schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def event_schemas(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A JSON schema for every event of a run; what they refer to is added to ``schemas``."""
+    """Return a JSON schema for every event of a run, and add what they refer to to ``schemas``."""
     found = {}
     for kind, event in EVENT_TYPES.items():
         if event is RoundEnded:
@@ -115,7 +132,7 @@ def _unnumbered(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def asyncapi(version: str, mount: str) -> dict[str, Any]:
-    """The document: what goes to the server, and what comes from it."""
+    """Return the document: what goes to the server, and what comes from it."""
     schemas: dict[str, Any] = {}
     messages: dict[str, Any] = {}
     for kind, command in COMMANDS.items():
@@ -152,6 +169,7 @@ def asyncapi(version: str, mount: str) -> dict[str, Any]:
             "description": "Text frames are JSON; binary frames are MessagePack of the same maps.",
         },
         "defaultContentType": "application/json",
+        "servers": {name: _server(name) for name in ("ws", "wss")},
         "channels": {
             "chat": {
                 "address": mount,
@@ -159,8 +177,12 @@ def asyncapi(version: str, mount: str) -> dict[str, Any]:
             }
         },
         "operations": {
-            "command": operation("receive", "command.", "What a client may ask"),
-            "event": operation("send", "event.", "What the server says"),
+            "command": operation("receive", "command.", "Commands of clients"),
+            "event": operation("send", "event.", "Events of the server"),
         },
-        "components": {"messages": messages, "schemas": schemas},
+        "components": {
+            "messages": messages,
+            "schemas": schemas,
+            "securitySchemes": {"bearer": BEARER},
+        },
     }

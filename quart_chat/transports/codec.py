@@ -18,34 +18,37 @@ Frame = str | bytes
 CLOSE_FACTOR = 4
 """A frame over this many times the allowed size closes the socket."""
 
+LARGE_BYTES = 64 * 1024
+"""What is larger is decoded outside the event loop."""
+
 SSE_NAMED = frozenset({"error", "end", "generation_stopped"})
 
 
 def size_of_frame(frame: Frame) -> int:
-    """The bytes of a frame."""
+    """Return the bytes of a frame."""
     return len(frame) if isinstance(frame, bytes) or frame.isascii() else len(frame.encode())
 
 
 def decode(frame: Frame, max_bytes: int) -> Any:
-    """A frame as plain values: text is JSON, bytes are MessagePack.
+    """Return a frame as plain values: text is JSON, bytes are MessagePack.
 
     Raises:
         TooLarge: It has more than ``max_bytes``.
         InvalidMessage: It is not JSON, or not MessagePack.
     """
     if size_of_frame(frame) > max_bytes:
-        raise TooLarge(f"A message has at most {max_bytes} bytes.")
+        raise TooLarge(f"The message is too large. It may have at most {max_bytes} bytes.")
     if isinstance(frame, bytes):
         return _decode_msgpack(frame, max_bytes)
     return decode_json(frame)
 
 
 def decode_json(text: str | bytes) -> Any:
-    """JSON as RFC 8259 defines it: no NaN, no infinities. Raises InvalidMessage (400)."""
+    """Decode JSON as RFC 8259 defines it: no NaN, no infinities. Raises InvalidMessage (400)."""
     try:
         return json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        raise InvalidMessage("This is not valid JSON.", status=400) from None
+        raise InvalidMessage("The message is not valid JSON.", status=400) from None
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -65,16 +68,16 @@ def _decode_msgpack(frame: bytes, max_bytes: int) -> Any:
             max_map_len=max_bytes // 16,
         )
     except Exception:
-        raise InvalidMessage("This is not valid MessagePack.", status=400) from None
+        raise InvalidMessage("The message is not valid MessagePack.", status=400) from None
 
 
 def error_event(error: ChatError, **more: Any) -> dict[str, Any]:
-    """An error that belongs to no run."""
+    """Return an error that belongs to no run."""
     return {"type": "error", **{k: v for k, v in more.items() if v is not None}, **error.to_dict()}
 
 
 def event_of(record: RunRecord, seq: int, event: Event) -> dict[str, Any]:
-    """An event of a run, as on the wire."""
+    """Return an event of a run, as on the wire."""
     return {
         "type": event.type,
         "thread_id": record.thread_id,
@@ -85,18 +88,18 @@ def event_of(record: RunRecord, seq: int, event: Event) -> dict[str, Any]:
 
 
 def to_json(value: Mapping[str, Any]) -> str:
-    """Compact JSON text."""
+    """Return compact JSON text."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def to_msgpack(value: Mapping[str, Any]) -> bytes:
-    """MessagePack bytes."""
+    """Return MessagePack bytes."""
     packed: bytes = msgpack.packb(value)
     return packed
 
 
 def json_events(record: RunRecord) -> Callable[[Numbered], str]:
-    """Return an encoder for one run; it returns nothing for what the protocol does not send."""
+    """Return a JSON encoder for one run; deltas, nearly all there is, take a short way."""
     names = f'"thread_id":{encode_basestring(record.thread_id)},"run_id":"{record.id}"'
     head = f'{{"type":"content",{names},"seq":'
 
@@ -112,7 +115,7 @@ def json_events(record: RunRecord) -> Callable[[Numbered], str]:
 
 
 def msgpack_events(record: RunRecord) -> Callable[[Numbered], bytes]:
-    """An encoder for one run, to MessagePack."""
+    """Return a MessagePack encoder for one run."""
     pack: Callable[[Any], bytes] = msgpack.Packer().pack
     thread_id, run_id = record.thread_id, record.id
 
@@ -136,7 +139,7 @@ def msgpack_events(record: RunRecord) -> Callable[[Numbered], bytes]:
 
 
 def sse_events(record: RunRecord) -> Callable[[Numbered], str]:
-    """An encoder for one run, to SSE frames with LF alone."""
+    """Return an SSE encoder for one run, with LF alone."""
     encode_json = json_events(record)
 
     def encode(numbered: Numbered) -> str:
@@ -152,6 +155,6 @@ def sse_events(record: RunRecord) -> Callable[[Numbered], str]:
 
 
 def sse_frame(value: Mapping[str, Any]) -> str:
-    """A frame that belongs to no run, and so has no id."""
+    """Return an SSE frame that belongs to no run, and so has no id."""
     name = f"event: {value['type']}\n" if value["type"] in SSE_NAMED else ""
     return f"{name}data: {to_json(value)}\n\n"

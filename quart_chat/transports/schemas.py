@@ -1,4 +1,4 @@
-"""What the JSON API takes and gives, as types: validated here, shown in OpenAPI."""
+"""Bodies of the JSON API as types: validated here, shown in OpenAPI."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from quart_schema import document_response
 
-from ..core.commands import Id, checked_metadata
+from ..core.commands import Id, Name, checked_metadata
 
 F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=BaseModel)
 
 
 class _Document(BaseModel):
@@ -41,7 +42,7 @@ class NewThread(_Document):
 
 
 class ThreadChanges(_Document):
-    """What to change of a thread; a title of null gives back the automatic one."""
+    """What to change of a thread; a title of null restores the automatic one."""
 
     title: Annotated[str, StringConstraints(max_length=500)] | None = None
     metadata: dict[str, Any] | None = None
@@ -54,6 +55,28 @@ class Feedback(_Document):
 
     score: Annotated[int, Field(ge=-1, le=1)]
     comment: Annotated[str, StringConstraints(max_length=4000)] | None = None
+
+
+class ApprovalBody(_Document):
+    """The answer to a call that needs approval."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_id: Id
+    tool_call_id: Name
+    approved: bool
+    reason: Annotated[str, StringConstraints(max_length=2000)] | None = None
+
+
+class ToolResultBody(_Document):
+    """The result of a tool that ran at the client."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_id: Id
+    tool_call_id: Name
+    content: str
+    is_error: bool = False
 
 
 class ThreadSchema(_Document):
@@ -119,6 +142,10 @@ class HealthDocument(_Document):
     protocol: Literal["websocket", "sse", "both"]
 
 
+class ReadyDocument(_Document):
+    status: Literal["ready"]
+
+
 class ModelDocument(_Document):
     id: str
     provider: str
@@ -151,7 +178,7 @@ class FollowQuery(BaseModel):
 
 
 def documents_errors(*statuses: int) -> Callable[[F], F]:
-    """Name the statuses with which a route may refuse."""
+    """Document the statuses with which a route may refuse."""
 
     def decorate(function: F) -> F:
         for status in (401, 403, 422, 429, 500, 503, *statuses):

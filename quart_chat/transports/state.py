@@ -1,41 +1,43 @@
-"""What every transport of one application works with, and what its HTTP answers have in common."""
+"""The chat of one application while it serves, as the transports see it."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from quart import (
-    Blueprint,
-    Request,
-    Response,
-    current_app,
-    has_request_context,
-    jsonify,
-    request,
-)
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from quart import current_app
 
 from ..config import Settings
 from ..core.conversation import Conversation
 from ..core.ports import UserData
-from ..errors import ChatError, InternalError, InvalidMessage, NotAuthenticated, NotFound, TooLarge
-from .guard import SECURITY_HEADERS, Guard
-
-logger = logging.getLogger("quart_chat.http")
+from ..errors import ChatError, NotFound, ServerDraining, ServerError, StorageUnavailable
+from .guard import LOCAL_USER, Guard
 
 EXTENSION = "quart_chat"
-NO_STORE = "no-store"
 
-LAST_EVENTS_SECONDS = 2
+LAST_EVENTS_SECONDS = 1
 """How long the followers of runs that have ended may take for the last events."""
 
-DISCARDED_BYTES = 16 * 1024 * 1024
-"""So much of a body that is too large is read and forgotten: a client that still sends when the
-connection closes does not see why."""
+CLOSING_SECONDS = 0.3
+"""How long connections may take to notice that they are closed."""
+
+STORAGE_SECONDS = 2
+"""How long the database may take to show that it answers."""
+
+CHECK_SECONDS = 1
+"""The database is asked at most so often, however many ask for ``/ready``."""
+
+
+class NotServing(ServerError):
+    """A request came before the application was started."""
+
+    default_message = (
+        "The chat is not open, because the application does not serve yet. "
+        "In a test, wrap the requests in 'async with app.test_app()'."
+    )
 
 
 @dataclass
@@ -48,10 +50,41 @@ class ChatState:
     user_data: UserData
     closers: set[Callable[[], None]] = field(default_factory=set)
     deliveries: dict[asyncio.Future[None], str] = field(default_factory=dict)
+    _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _checked: tuple[float, ChatError | None] = (float("-inf"), None)
 
     @property
     def server(self) -> ChatState:
         return self
+
+    async def check_ready(self) -> None:
+        """Check that a message would be taken.
+
+        Raises:
+            ServerDraining: The process is about to end.
+            StorageUnavailable: The database does not answer.
+        """
+        if self.conversation.runs.draining:
+            raise ServerDraining
+        async with self._checking:
+            at, error = self._checked
+            if time.monotonic() - at >= CHECK_SECONDS:
+                error = await self._storage_error()
+                self._checked = (time.monotonic(), error)
+        if error is not None:
+            raise error
+
+    async def _storage_error(self) -> ChatError | None:
+        try:
+            async with asyncio.timeout(STORAGE_SECONDS):
+                await self.conversation.storage.thread(LOCAL_USER, "ready")
+        except NotFound:
+            return None
+        except TimeoutError:
+            return StorageUnavailable("The database does not answer.", retry_after=CHECK_SECONDS)
+        except ChatError as error:
+            return error
+        return None
 
     def close_connections(self) -> int:
         """Close sockets with 1001 and break streams off, so that clients resume elsewhere."""
@@ -61,113 +94,36 @@ class ChatState:
         return len(closing)
 
     async def drain(self, seconds: float, *, durable: bool) -> None:
-        """Let running answers end for so long, store the rest, and close every connection."""
+        """Let running answers end within ``seconds``, store the rest, and close connections."""
         left = await self.conversation.runs.drain(seconds, durable=durable)
         ending = [each for each, run_id in self.deliveries.items() if run_id not in left]
         if ending:
             await asyncio.wait(ending, timeout=LAST_EVENTS_SECONDS)
         self.close_connections()
-        while self.closers:
+        until = time.monotonic() + CLOSING_SECONDS
+        while self.closers and time.monotonic() < until:
             await asyncio.sleep(0.01)
 
 
 class HasChatState(Protocol):
-    """A ``QuartChat``, or the ``ChatServer`` of an application."""
+    """A ``QuartChat``, or the ``ChatState`` of an application."""
 
     @property
     def server(self) -> ChatState: ...
 
 
+def state_of(chat: HasChatState) -> ChatState:
+    """Return the state of a chat. Raises NotServing."""
+    try:
+        return chat.server
+    except RuntimeError:
+        raise NotServing from None
+
+
 def current_state() -> ChatState:
-    """The chat of the application that handles this request.
+    """Return the chat of the application that handles this request.
 
     Raises:
-        RuntimeError: The application has no ``QuartChat``, or does not serve yet.
+        NotServing: The application does not serve yet.
     """
-    found = current_app.extensions.get(EXTENSION)
-    server: ChatState | None = found.server if found is not None else None
-    if server is None:
-        raise RuntimeError("Register QuartChat with this app before its blueprints are used.")
-    return server
-
-
-async def body_of(connection: Request, settings: Settings) -> bytes:
-    """A request's body, within the bound of a message. Raises TooLarge."""
-    bound = settings.max_message_bytes
-    body, length = bytearray(), 0
-    async for piece in connection.body:
-        length += len(piece)
-        if length <= bound:
-            body += piece
-        elif length > DISCARDED_BYTES:
-            break
-    if length > bound:
-        raise TooLarge(f"A body has at most {bound} bytes.")
-    return bytes(body)
-
-
-def error_response(error: ChatError) -> Response:
-    """The error as JSON, with the status and headers that go with it."""
-    body = error.to_dict()
-    retry_after = body.pop("retry_after", None)
-    response: Response = jsonify({"error": body})
-    response.status_code = error.status
-    if retry_after is not None:
-        response.headers["Retry-After"] = str(max(1, -(-int(retry_after * 1000) // 1000)))
-    if isinstance(error, NotAuthenticated):
-        response.headers["WWW-Authenticate"] = "Bearer"
-    asked = has_request_context()  # a socket to an unknown address is refused here as well
-    if asked and request.content_length and request.http_version in ("1.0", "1.1"):
-        response.headers["Connection"] = "close"  # the body may not have been read
-    return response
-
-
-def as_chat_error(error: Exception) -> ChatError:
-    """What a client is told of an exception; the log has the unexpected, with a reference."""
-    if isinstance(error, ChatError):
-        return error
-    if isinstance(error, RequestEntityTooLarge):
-        return TooLarge("The body is larger than this server takes.")
-    if isinstance(error, HTTPException):
-        status = error.code or 500
-        if status == 404:
-            return NotFound("There is nothing at this address.")
-        if status < 500:
-            return InvalidMessage(f"{error.name}: the request can not be served.", status=status)
-    unexpected = InternalError()
-    logger.error("unexpected failure, reference %s", unexpected.reference, exc_info=error)
-    return unexpected
-
-
-def secured(response: Response) -> Response:
-    """Set the headers that keep browsers from misreading an answer."""
-    for name, value in SECURITY_HEADERS.items():
-        response.headers.setdefault(name, value)
-    response.headers.setdefault("Cache-Control", NO_STORE)
-    return response
-
-
-def guarded(blueprint: Blueprint) -> None:
-    """Give a blueprint's HTTP routes the origin check, CORS, error bodies and security headers."""
-
-    @blueprint.before_request
-    async def check() -> Response | None:
-        server = current_state()
-        if request.method == "OPTIONS":
-            return Response("", 204)
-        server.guard.check_origin(request)
-        return None
-
-    @blueprint.after_request
-    async def finish(response: Response) -> Response:
-        current_state().guard.cors(request, response)
-        return secured(response)
-
-    @blueprint.errorhandler(Exception)
-    async def refuse(error: Exception) -> Response:
-        response = error_response(as_chat_error(error))
-        if isinstance(error, HTTPException):
-            for name, value in error.get_headers():
-                if name in ("Allow", "Retry-After"):
-                    response.headers[name] = value
-        return response
+    return state_of(current_app.extensions[EXTENSION])
