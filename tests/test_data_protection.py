@@ -114,7 +114,8 @@ async def test_export_writes_everything_of_one_user_as_json_lines(
     runs = {r["id"]: r for r in records if r["type"] == "run"}
     assert len(runs) == 2
     assert runs[events[0]["run_id"]]["message_id"] == events[0]["message_id"]
-    assert await database.run("export", "--user", "nobody") == (0, "", "")
+    nothing = "Nothing is kept of 'nobody'.\n"
+    assert await database.run("export", "--user", "nobody") == (0, "", nothing)
 
 
 async def test_erase_asks_first_and_leaves_nothing(database: Database, serve: Serve) -> None:
@@ -133,11 +134,11 @@ async def test_erase_asks_first_and_leaves_nothing(database: Database, serve: Se
     code, out, _ = await database.run("erase", "--user", "1", answer="y\n")
     assert code == 0
     assert "3 threads" in out
-    assert await database.run("export", "--user", "1") == (0, "", "")
+    assert await database.run("export", "--user", "1") == (0, "", "Nothing is kept of '1'.\n")
     rest = {"chat_threads": 2, "chat_messages": 1, "chat_runs": 0, "chat_events": 0}
     assert await database.counts() == rest
     code, out, _ = await database.run("erase", "--user", "other", "--yes")
-    assert (code, out) == (0, "2 threads of user 'other' were deleted.\n")
+    assert (code, out) == (0, "2 threads were deleted for user 'other'.\n")
     assert await database.counts() == dict.fromkeys(TABLES, 0)
 
 

@@ -38,7 +38,8 @@ def erase(user: str, yes: bool, config: str | None) -> None:
 
     async def work(stores: Any) -> None:
         if count := await stores.user_data.erase(user):
-            click.echo(f"{count} {'thread' if count == 1 else 'threads'} of {user!r} deleted.")
+            threads = "1 thread was" if count == 1 else f"{count} threads were"
+            click.echo(f"{threads} deleted for user {user!r}.")
         else:
             _nothing(user)
 
