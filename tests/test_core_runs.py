@@ -24,7 +24,7 @@ from core import (
 from quart_chat.core.commands import parse
 from quart_chat.core.conversation import Queued
 from quart_chat.core.events import ContentDelta, Start
-from quart_chat.core.ports import Delta, ProviderRequest, TextDelta
+from quart_chat.core.ports import Delta, ProviderRequest, RunRecord, TextDelta
 from quart_chat.core.run import RunPhase
 from quart_chat.core.subscription import Subscription
 from quart_chat.errors import NotRunning, ServerDraining, StorageUnavailable
@@ -36,8 +36,8 @@ async def test_an_answer_from_start_to_end() -> None:
     assert isinstance(events[0], Start)
     assert (texts(events), end_of(events).status) == ("Hello", "completed")
     assert answers(await house.messages()) == [("Hello", "completed")]
+    await eventually(lambda: not house.runs._unfinished)
     assert not house.runs._runs
-    assert not house.runs._unfinished
     assert not house.runs._locks
 
 
@@ -57,15 +57,16 @@ async def test_a_stop_in_the_same_turn_of_the_loop_as_the_message() -> None:
 
 
 async def test_a_run_that_is_stopped_before_its_first_step_ends() -> None:
-    house = core(waits(asyncio.Event()))
-    sent = await house.send()
-    run = house.runs.get(USER, sent.record.id)
-    assert run is not None
+    house = core(says("Hello"), waits(asyncio.Event()))
+    await house.events(await house.send())
+    (question, *_) = await house.messages()
+    record = RunRecord("r", USER, THREAD, question.id, "a")
+    run = await house.runs.begin(await house.conversation.prepare(record, question))
     assert run.phase is RunPhase.STARTING
     run.stop("Stopped.")
     async with asyncio.timeout(SECONDS):
         await run.finished.wait()
-    assert end_of(await house.events(sent)).status == "stopped"
+    assert end_of(await house.events(Subscription(record))).status == "stopped"
 
 
 @pytest.mark.parametrize("on_busy", ["interrupt", "queue"])
@@ -205,7 +206,7 @@ async def test_a_drain_ends_whatever_a_run_does() -> None:
     await house.until(sent, ContentDelta)
     async with asyncio.timeout(SECONDS):
         await house.runs.drain(0, durable=False)
-    assert not house.runs._unfinished
+    await eventually(lambda: not house.runs._unfinished)
     assert end_of(await house.events(sent)).status == "interrupted"
 
 

@@ -81,23 +81,13 @@ class Conversation:
             raise UnsupportedField("history: send it over SSE to a server without a database.")
         self._preparation.check(user, command)
         thread_id = command.thread_id or self._new_thread_id(user, command)
-        return await self._carry_out(self._send(user, thread_id, command))
+        work = self._send(user, thread_id, command)
+        return await self.runs.operation(work, self._nobody_follows)
 
-    async def _carry_out(self, work: Awaitable[Subscription | Queued]) -> Subscription | Queued:
-        """Do it to the end; a run that nobody is there to follow is stopped if that is policy."""
-        gone = False
-
-        async def carry_out() -> Subscription | Queued:
-            sent = await work
-            if gone and isinstance(sent, Subscription):
-                self._followers_left(self.runs.get(sent.record.user, sent.record.id))
-            return sent
-
-        try:
-            return await self.runs.operation(carry_out())
-        except asyncio.CancelledError:
-            gone = True
-            raise
+    def _nobody_follows(self, sent: Subscription | Queued) -> None:
+        """Stop the run of a client that has gone before it could follow, if that is policy."""
+        if isinstance(sent, Subscription):
+            self._followers_left(self.runs.get(sent.record.user, sent.record.id))
 
     async def _send(self, user: str, thread_id: str, command: SendMessage) -> Subscription | Queued:
         async with self.runs.lock(user, thread_id):
@@ -119,7 +109,8 @@ class Conversation:
         Raises:
             NotFound: The user has no such thread or message.
         """
-        return await self._carry_out(self._regenerate(user, command.thread_id, command.message_id))
+        work = self._regenerate(user, command.thread_id, command.message_id)
+        return await self.runs.operation(work, self._nobody_follows)
 
     async def _regenerate(
         self, user: str, thread_id: str, message_id: str | None

@@ -77,14 +77,21 @@ class Runs:
             else:
                 self._locks[key] = (lock, holders - 1)
 
-    async def operation(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do something that goes on to its end even if the caller is cancelled."""
+    async def operation(
+        self, work: Coroutine[Any, Any, T], on_gone: Callable[[T], None] | None = None
+    ) -> T:
+        """Do something that goes on to its end even if the caller is cancelled.
+
+        Then ``on_gone`` gets the result that the caller does not.
+        """
         task = self._begin_operation(work)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             caller = asyncio.current_task()
             if not task.cancelled() or (caller is not None and caller.cancelling()):
+                if on_gone is not None:
+                    task.add_done_callback(lambda task: _hand_on(task, on_gone))
                 raise
             # Not the caller was cancelled but the operation, from inside an adapter.
             error = InternalError()
@@ -218,3 +225,8 @@ class Runs:
                 return
             alive = [*self._operations, *(run.task for run in self._unfinished if run.task)]
             await asyncio.wait(alive, timeout=min(left, LOOK_SECONDS))
+
+
+def _hand_on(task: asyncio.Task[T], on_gone: Callable[[T], None]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        on_gone(task.result())
