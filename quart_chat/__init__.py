@@ -60,14 +60,24 @@ __all__ = [
 ]
 
 
-def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None = None) -> Quart:
+def create_app(
+    config: Mapping[str, Any] | None = None, chat: QuartChat | None = None, **keywords: Any
+) -> Quart:
     """Make a Quart application that is a chat server; see ``quart_chat.app.create_app``."""
     from .app import create_app
 
-    return create_app(config, chat)
+    return create_app(config, chat, **keywords)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("quart-chat")
     # Quart takes 0.4 s to import, which `quart_chat --help` has no time for.
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -9,6 +9,7 @@ from typing import Any
 from quart import Quart, Response, request
 from quart_schema import hide
 
+from .config import merge_keywords
 from .errors import NotFound
 from .extension import QuartChat
 from .transports.documents import DOCS, add_documents
@@ -23,19 +24,22 @@ MOUNT = "/chat"
 VERSION = version("quart-chat")
 
 
-def create_app(config: Mapping[str, Any] | None = None, chat: QuartChat | None = None) -> Quart:
+def create_app(
+    config: Mapping[str, Any] | None = None, chat: QuartChat | None = None, **keywords: Any
+) -> Quart:
     """Make a Quart application that is a chat server, mounted at ``/chat``.
 
     Args:
         config: Keys with the prefix ``CHAT_``; they win over ``QUART_CHAT_…`` in the environment.
         chat: An extension that has tools, providers or an ``authenticate`` function of its own.
+        keywords: Settings in lower case without the prefix (``on_busy="queue"``); they win.
 
     Raises:
         ConfigurationError: A key or value is wrong; the sentence names it.
     """
     app = Quart("quart_chat", static_folder=None)
     app.config.from_prefixed_env()
-    app.config.update(config or {})
+    app.config.update(merge_keywords(config, keywords))
     add_documents(app, VERSION, MOUNT)
     (chat or QuartChat()).init_app(app)
     settings = app.extensions[EXTENSION].settings

@@ -74,6 +74,8 @@ class QuartChat:
         settings = resolve(app.config)
         if settings.environment == "production" and app.debug:
             raise ConfigurationError("DEBUG: it shows tracebacks; unset it in production.")
+        if EXTENSION in app.extensions:
+            raise ConfigurationError("This application has a QuartChat already; it can have one.")
         lifetime = ChatLifespan(self, settings)
         app.extensions[EXTENSION] = lifetime
         app.config.setdefault("QUART_SCHEMA_CONVERT_CASING", False)

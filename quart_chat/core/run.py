@@ -11,6 +11,7 @@ the task, ``_ensure_finished`` ends the run and leaves the rest to recovery.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ class Run:
         self._end: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
         self._clock = RunClock(parts.policy.run_timeout, self._time_is_over)
         self.task: asyncio.Task[None] | None = None
+        self._began = asyncio.get_running_loop().time()
+        self._status: Status | None = None
 
     @property
     def id(self) -> str:
@@ -218,6 +221,7 @@ class Run:
             events = [Failed(**known.to_dict())]
             self._parts.log.abandon(self.id)
         if not self.finished.is_set():
+            self._status = status
             self.on_finished(self)
             self._append([*events, End(status, outcome.finish_reason, self._loop.usage.to_dict())])
             await self._flush()
@@ -245,15 +249,31 @@ class Run:
         """Write the end without waiting; recovery stores the answer from the log."""
         self._parts.log.abandon(self.id)
         self._phase = RunPhase.ENDING
-        usage = self._loop.usage.to_dict()
+        self._status, usage = outcome.status, self._loop.usage.to_dict()
         self._append([*outcome.events, End(outcome.status, outcome.finish_reason, usage)])
         self._release()
 
     def _release(self) -> None:
         if self._phase is not RunPhase.HANDED_OVER:
             self._phase = RunPhase.ENDED
+        if not self.finished.is_set():
+            self._log_line()
         self.on_finished(self)
         self.finished.set()
+
+    def _log_line(self) -> None:
+        record, usage = self.record, self._loop.usage
+        logger.info(
+            "run %s: %s, user %s, thread %s, model %s, %d + %d tokens, %.1f s",
+            record.id,
+            self._status or self._phase,
+            hashlib.sha256(record.user.encode()).hexdigest()[:8],
+            record.thread_id,
+            self._input.model,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            asyncio.get_running_loop().time() - self._began,
+        )
 
     def _append_work(self, events: Sequence[Event]) -> None:
         """Append for the work, which has no say any more once the run ends."""
