@@ -9,6 +9,7 @@ from typing import Any
 from quart import Quart, Response, request
 from quart_schema import hide
 
+from .compat.hypercorn import bound_connections
 from .config import merge_keywords
 from .errors import NotFound
 from .extension import QuartChat
@@ -51,6 +52,11 @@ def create_app(
             app.register_blueprint(blueprint, url_prefix=MOUNT)
     app.register_blueprint(health_blueprint)
     _guard_the_rest(app)
+
+    @app.before_serving
+    async def bound() -> None:
+        bound_connections()
+
     return app
 
 

@@ -464,7 +464,7 @@ async def test_a_client_that_takes_nothing_is_dropped(
 ) -> None:
     """Its place is free again, and the run goes on without it and can be followed."""
     endpoint.scripts["flood"] = _flood
-    server = await serve(send_timeout=0.5, max_connections=1)
+    server = await serve(send_timeout=0.5, max_connections=1, max_answer_chars=10**9)
     raw = _small_window()
     raw.setblocking(False)
     await asyncio.get_running_loop().sock_connect(raw, (server.host, server.port))

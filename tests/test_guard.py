@@ -297,7 +297,9 @@ async def test_a_socket_that_does_not_read_does_not_outlive_its_token(
             await asyncio.sleep(0.005)
 
     endpoint.scripts["flood"] = flood
-    async with remote_server(auth, endpoint, tmp_path, max_connections=1) as server:
+    async with remote_server(
+        auth, endpoint, tmp_path, max_connections=1, max_answer_chars=10**9
+    ) as server:
         other = bearer(auth.token("ada"))
         async with AsyncExitStack() as stack, client(server, headers=other) as http:
             token = bearer(auth.token("ada", lasts=3 - SKEW_SECONDS))

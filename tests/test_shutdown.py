@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -151,8 +150,6 @@ async def test_a_socket_that_does_not_read_does_not_keep_the_process(
 async def test_a_host_s_shutdown_closes_sockets_with_1001(
     endpoint: Endpoint, tmp_path: Path, application: str
 ) -> None:
-    if application.startswith("quart_chat") and sys.version_info >= (3, 12):
-        pytest.skip("plain Hypercorn waits for open sockets forever (its issue 308)")
     tests = Path(__file__).parent
     environ = {"QUART_CHAT_PROVIDERS": json.dumps(providers(endpoint))}
     async with hypercorn(application, tests, tmp_path, environ) as host:

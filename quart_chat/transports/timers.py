@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+logger = logging.getLogger("quart_chat.transports")
+
 T = TypeVar("T")
+
+DROPPED = "a client that takes nothing was dropped"
 
 
 class SendTimeout:
@@ -50,6 +55,7 @@ class SendTimeout:
         sent, looks = self._seen
         self._seen = (self.sent, looks + 1 if sent == self.sent else 0)
         if self._seen[1] >= 2:
+            logger.info(DROPPED)
             self._drop()
         else:
             self._timer = asyncio.get_running_loop().call_later(self._interval, self._check)
@@ -100,6 +106,8 @@ class KeepAlive:
             left = min(left, self._keepalive, self._send_timeout)
         else:
             self._silent = self._waiting
+            if not self._waiting:
+                logger.info(DROPPED)
             self._task.cancel()
             left = bound
         self._timer = self._loop.call_later(left, self._check)

@@ -58,6 +58,7 @@ class World:
     regenerated: set[tuple[str, str]] = field(default_factory=set)
     drains: list[tuple[float, float]] = field(default_factory=list)
     crashed: bool = False
+    calm: bool = True
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     process: Process = field(init=False)
 
@@ -105,7 +106,7 @@ def _drawn_world() -> World:
     disk = Disk() if draw("store", 3) else None
     if disk is not None:
         disk.faults = bool(draw("faults", 2))
-    return World(policy, disk)
+    return World(policy, disk, calm=disk is None or not disk.faults)
 
 
 async def _chaos(world: World) -> None:
@@ -113,6 +114,7 @@ async def _chaos(world: World) -> None:
     if world.disk is None:
         return
     for _ in range(draw("chaos", 3)):
+        world.calm = False
         await asyncio.sleep(draw("chaos.when", 40) / 4)
         match draw("chaos.kind", 3):
             case 0:
