@@ -18,7 +18,7 @@ MAX_MESSAGE_TEXT = 64 * 1024
 EVENT_WEIGHT = 100
 """What an event counts for besides its text."""
 
-MERGED_CHARS = 32_768
+MERGED_CHARS = 16_384
 """A merged delta grows to about this many characters before the next one begins."""
 
 

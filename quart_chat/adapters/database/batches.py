@@ -21,11 +21,11 @@ from ...errors import UnreadableLog
 VERSION = 1
 """Grows when a row is written in a way that older versions would misread."""
 
-BATCH_BYTES = 64 * 1024
+BATCH_BYTES = 32 * 1024
 
 
 def encode(numbered: Iterable[Numbered]) -> list[tuple[int, bytes]]:
-    """Return events as rows of at most about 64 KiB, each with its last number.
+    """Return events as rows of at most about 32 KiB, each with its last number.
 
     Deltas that stand side by side become one text and the lengths of its pieces, so that a client
     can go on after any of them.

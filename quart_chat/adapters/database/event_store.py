@@ -15,7 +15,7 @@ from .connection import Database, database_operation, reading
 from .ownership import is_dead
 from .rows import micros
 
-PAGE_BYTES = 64 * 1024
+PAGE_BYTES = 32 * 1024
 PAGE_ROWS = 500
 SWEPT_RUNS = 100
 CLAIMED_RUNS = 100
