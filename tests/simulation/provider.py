@@ -78,8 +78,11 @@ class SimulatedProvider:
                 await asyncio.sleep(1)
 
 
-def simulated_tools(paid: Counter[tuple[str, str]]) -> ToolRegistry:
-    """Return a tool that looks something up, and one that acts and needs an approval."""
+def simulated_tools(paid: Counter[tuple[str, str]], acting: asyncio.Event) -> ToolRegistry:
+    """Return a tool that looks something up, and one that acts and needs an approval.
+
+    ``acting`` is set while the latter acts.
+    """
 
     @tool
     async def look(n: int) -> str:
@@ -91,6 +94,7 @@ def simulated_tools(paid: Counter[tuple[str, str]]) -> ToolRegistry:
     async def pay(n: int, context: ToolContext) -> str:
         """Pay."""
         paid[context.run_id, context.tool_call_id] += 1
+        acting.set()
         await asyncio.sleep(draw("tool.seconds", 3))
         return f"paid {n}"
 

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from simloom import draw
 from quart_chat.adapters.memory import MemoryStorage
 from quart_chat.core.commands import Regenerate, parse
 from quart_chat.core.conversation import Queued
-from quart_chat.core.events import ContentDelta, End, Event, ToolCalled
+from quart_chat.core.events import ContentDelta, End, Event, ToolCalled, ToolReturned
 from quart_chat.core.policy import Policy
 from quart_chat.core.subscription import Subscription
 from quart_chat.core.tool_executor import ApprovalReply, ClientResult
@@ -59,12 +59,13 @@ class World:
     drains: list[tuple[float, float]] = field(default_factory=list)
     crashed: bool = False
     calm: bool = True
+    acting: asyncio.Event = field(default_factory=asyncio.Event)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     process: Process = field(init=False)
 
     def new_process(self) -> Process:
         """Return a process that has not started."""
-        tools = simulated_tools(self.paid)
+        tools = simulated_tools(self.paid, self.acting)
         return Process(self.disk, self.policy, tools, self.memory, self.numbers)
 
 
@@ -116,15 +117,20 @@ async def _chaos(world: World) -> None:
     for _ in range(draw("chaos", 3)):
         world.calm = False
         await asyncio.sleep(draw("chaos.when", 40) / 4)
-        match draw("chaos.kind", 3):
+        match draw("chaos.kind", 4):
             case 0:
                 world.disk.away = True
                 await asyncio.sleep((1, 8, 30)[draw("outage", 3)])
                 world.disk.away = False
             case 1:
-                world.crashed = True
-                await world.process.crash()
-                await _replace(world)
+                await _crash(world)
+            case 3:  # in the moment in which an approved tool acts
+                world.acting.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(world.acting.wait(), 60)
+                    for _ in range(draw("act.then", 4)):
+                        await asyncio.sleep(0)
+                    await _crash(world)
             case 2:
                 old, seconds = world.process, float((0, 2, 20)[draw("drain", 3)])
                 overlap = draw("overlap", 2)
@@ -135,6 +141,12 @@ async def _chaos(world: World) -> None:
                 assert not old.left_behind(), f"after a drain: {old.left_behind()}"
                 if not overlap:
                     await _replace(world)
+
+
+async def _crash(world: World) -> None:
+    world.crashed = True
+    await world.process.crash()
+    await _replace(world)
 
 
 async def _replace(world: World) -> None:
@@ -251,12 +263,13 @@ async def _follow(
             return
         sent = started
     seen = sent.after
+    asked: dict[str, ToolCalled] = {}
     for _ in range(8):
         observation = Observation(sent.record.id, seen)
         world.observations.append(observation)
         subscription = Subscription(sent.record, seen, sent.stored)
         try:
-            await process.call(_read(process, user, subscription, observation), _patience())
+            await process.call(_read(process, user, subscription, observation, asked), _patience())
         except Disconnected:
             pass
         if observation.complete or sent.stored is not None:
@@ -275,10 +288,22 @@ async def _follow(
 
 
 async def _read(
-    process: Process, user: str, subscription: Subscription, observation: Observation
+    process: Process,
+    user: str,
+    subscription: Subscription,
+    observation: Observation,
+    asked: dict[str, ToolCalled],
 ) -> None:
+    """Read, and answer what is asked; what was asked before the connection was lost, again."""
     conversation = process.conversation
     replies = []
+
+    def reply(called: ToolCalled) -> None:
+        work = _reply(process, user, observation, called)
+        replies.append(asyncio.create_task(work))
+
+    for called in asked.values():
+        reply(called)
     try:
         with conversation.watching(subscription):
             async with aclosing(conversation.follow(subscription)) as pages:
@@ -286,8 +311,10 @@ async def _read(
                     for seq, event in page:
                         observation.events.append((seq, event))
                         if isinstance(event, ToolCalled) and event.needs:
-                            reply = _reply(process, user, observation, event)
-                            replies.append(asyncio.create_task(reply))
+                            asked[event.tool_call_id] = event
+                            reply(event)
+                        elif isinstance(event, ToolReturned):
+                            asked.pop(event.tool_call_id, None)
                         observation.complete = isinstance(event, End)
     finally:
         for task in replies:
