@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,12 @@ from core import (
 )
 
 from quart_chat import tool
+from quart_chat.adapters import stores
 from quart_chat.adapters.database.event_store import CRASH_GAP
-from quart_chat.core.events import ContentDelta, ToolCalled
+from quart_chat.config import resolve
+from quart_chat.core.events import ContentDelta, End, ToolCalled
+from quart_chat.core.housekeeping import Housekeeping
+from quart_chat.core.ports import RunRecord
 from quart_chat.core.subscription import Subscription
 from quart_chat.core.tool_executor import ApprovalReply
 from quart_chat.errors import StorageUnavailable, UnreadableLog
@@ -226,3 +231,28 @@ async def test_a_write_that_failed_but_was_done_is_not_done_twice(tmp_path: Path
         events = await house.events(sent)
         assert texts(events) == "so far"
         assert answers(await house.messages()) == [("so far", "stopped")]
+
+
+async def test_a_sweep_goes_on_until_nothing_is_left_that_is_too_old(tmp_path: Path) -> None:
+    config = {
+        "CHAT_DATABASE_URL": f"sqlite://{tmp_path / 'chat.sqlite3'}",
+        "CHAT_EVENT_RETENTION": 0,
+    }
+    async with AsyncExitStack() as stack:
+        kept: Any = await stores(resolve(config, {}), stack)
+        house = core(stores=kept)
+        for number in range(250):
+            record = RunRecord(f"r{number}", USER, f"t{number}", "q", "a")
+            await kept.log.open(record)
+            kept.log.append(record.id, [End("completed", "stop", {})])
+        await kept.log.flush("r249")
+        housekeeping = Housekeeping(
+            kept.log, kept.user_data, house.recovery, event_retention=0, retention_days=None
+        )
+        await housekeeping.start()
+        housekeeping.wake()
+        await eventually(
+            lambda: not rows(tmp_path, "SELECT id FROM chat_runs WHERE has_events = 1")
+        )
+        await housekeeping.close()
+    assert not rows(tmp_path, "SELECT run_id FROM chat_events")
