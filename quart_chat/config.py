@@ -150,6 +150,10 @@ class Settings(BaseModel):
         1_000_000, "Number of the newest characters that are sent to a model."
     )
     max_tokens: Count | None = _f(None, "Largest `max_tokens` that a client may request.")
+    image_urls: Literal["all", "data"] = _f(
+        "all",
+        "`data` refuses pictures by URL: a provider of yours would fetch what a client names.",
+    )
     tools: Strings = _f((), "Import paths of modules whose tools are registered.")
     mcp_servers: Annotated[dict[str, MCPServer], BeforeValidator(_json)] = _f(
         {},

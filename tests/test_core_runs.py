@@ -27,7 +27,7 @@ from quart_chat.core.events import ContentDelta, Start
 from quart_chat.core.ports import Delta, ProviderRequest, RunRecord, TextDelta
 from quart_chat.core.run import RunPhase
 from quart_chat.core.subscription import Subscription
-from quart_chat.errors import NotRunning, ServerDraining, StorageUnavailable
+from quart_chat.errors import InvalidMessage, NotRunning, ServerDraining, StorageUnavailable
 
 
 async def test_an_answer_from_start_to_end() -> None:
@@ -286,3 +286,12 @@ async def test_a_retry_begins_no_run_beside_the_thread_s() -> None:
     await house.events(running)
     await eventually(lambda: not house.runs._unfinished)
     assert end_of(await house.events(await house.send("first", id="m"))).status == "completed"
+
+
+async def test_pictures_by_url_can_be_refused() -> None:
+    house = core(says("Hello"), image_urls="data")
+    part = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}
+    with pytest.raises(InvalidMessage, match="only data: URLs"):
+        await house.send([part])  # type: ignore[arg-type]
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    await house.events(await house.send([part]))  # type: ignore[arg-type]

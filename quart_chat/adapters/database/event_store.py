@@ -56,20 +56,21 @@ class EventStore:
     @database_operation
     async def begin(self, run: RunRecord, rows: Sequence[tuple[int, bytes]]) -> None:
         """Insert a run and its first events; a row of ours that nobody drives begins anew."""
-        moment = micros(now())
+        now_sql, moment = self._now()
         async with self._database.transaction():
             inserted = await self._database.fetch(
                 "INSERT INTO chat_runs (id, user_id, thread_id, user_message_id, message_id, "
                 "owner, seen_at, last_seq, created_at, has_events) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?) ON CONFLICT (id) DO NOTHING RETURNING id",
+                f"VALUES (?, ?, ?, ?, ?, ?, {now_sql}, 0, {now_sql}, ?) "
+                "ON CONFLICT (id) DO NOTHING RETURNING id",
                 run.id,
                 run.user,
                 run.thread_id,
                 run.user_message_id,
                 run.message_id,
                 self._owner,
-                moment,
-                moment,
+                *moment,
+                *moment,
                 True,
             )
             if not inserted:
@@ -88,7 +89,7 @@ class EventStore:
         joined, locked = ("group_concat", "")
         if not self._database.is_sqlite:
             joined, locked = ("string_agg", " FOR UPDATE")
-        moment, beats = micros(now()), self.heartbeat_is_due
+        (now_sql, moment), beats = self._now(), self.heartbeat_is_due
         async with self._database.transaction():
             # A run that another process has taken over is not ours to write to any more.
             found = await self._database.fetch(
@@ -108,15 +109,16 @@ class EventStore:
             rows = [(batch.run_id, *row) for batch in kept for row in batch.rows]
             if rows:
                 await self._database.insert(INTO_EVENTS, rows)
-            ends = [(moment, batch.upto, batch.run_id) for batch in kept if batch.ended]
+            ends = [(*moment, batch.upto, batch.run_id) for batch in kept if batch.ended]
             if ends:
                 await self._database.execute_many(
-                    "UPDATE chat_runs SET ended_at = ?, last_seq = ? WHERE id = ?", ends
+                    f"UPDATE chat_runs SET ended_at = {now_sql}, last_seq = ? WHERE id = ?", ends
                 )
             if beats:
                 await self._database.execute(
-                    "UPDATE chat_runs SET seen_at = ? WHERE owner = ? AND ended_at IS NULL",
-                    moment,
+                    f"UPDATE chat_runs SET seen_at = {now_sql} "
+                    "WHERE owner = ? AND ended_at IS NULL",
+                    *moment,
                     self._owner,
                 )
         if beats:
@@ -125,9 +127,10 @@ class EventStore:
     @database_operation
     async def end(self, run_id: str) -> None:
         """Make a run's end final, with the number of its last event."""
+        now_sql, moment = self._now()
         await self._database.execute(
-            "UPDATE chat_runs SET ended_at = ?, last_seq = ? WHERE id = ? AND owner = ?",
-            micros(now()),
+            f"UPDATE chat_runs SET ended_at = {now_sql}, last_seq = ? WHERE id = ? AND owner = ?",
+            *moment,
             await self._last(run_id),
             run_id,
             self._owner,
@@ -206,20 +209,18 @@ class EventStore:
 
         ``driven`` are this process's own that somebody drives, or that it knows to be abandoned.
         """
-        rows = await self._database.fetch("SELECT * FROM chat_runs WHERE ended_at IS NULL")
-        moment = micros(now())
-        abandoned = [row for row in rows if self._is_abandoned(row, driven, moment)]
-        claimed = []
-        for row in abandoned[:CLAIMED_RUNS]:
+        claimed: list[tuple[RunRecord, int]] = []
+        for row in (await self._abandoned(driven))[:CLAIMED_RUNS]:
             last = max(await self._last(row["id"]), row["last_seq"])
             # The gap is written down: a process that dies before it ends the run must not give
             # the same numbers again to its successor.
             last += 0 if not row["owner"] else CRASH_GAP
+            now_sql, moment = self._now()
             changed = await self._database.execute(
-                "UPDATE chat_runs SET owner = ?, seen_at = ?, last_seq = ? "
+                f"UPDATE chat_runs SET owner = ?, seen_at = {now_sql}, last_seq = ? "
                 "WHERE id = ? AND owner = ? AND seen_at = ? AND ended_at IS NULL",
                 self._owner,
-                moment,
+                *moment,
                 last,
                 row["id"],
                 row["owner"],
@@ -229,10 +230,28 @@ class EventStore:
                 claimed.append((_record(row), last))
         return claimed
 
-    def _is_abandoned(self, row: dict[str, Any], driven: Collection[str], moment: int) -> bool:
-        if row["owner"] == self._owner:
-            return row["id"] not in driven
-        return is_dead(row["owner"], (moment - row["seen_at"]) / 1e6)
+    async def _abandoned(self, driven: Collection[str]) -> list[dict[str, Any]]:
+        now_sql, moment = self._now()
+        owners = await self._database.fetch(
+            f"SELECT owner, {now_sql} - max(seen_at) AS silence FROM chat_runs "
+            "WHERE ended_at IS NULL GROUP BY owner",
+            *moment,
+        )
+        rows: list[dict[str, Any]] = []
+        for row in owners:
+            ours = row["owner"] == self._owner
+            if ours or is_dead(row["owner"], row["silence"] / 1e6):
+                found = await self._database.fetch(
+                    "SELECT * FROM chat_runs WHERE ended_at IS NULL AND owner = ?", row["owner"]
+                )
+                rows += [each for each in found if not ours or each["id"] not in driven]
+        return rows
+
+    def _now(self) -> tuple[str, tuple[int, ...]]:
+        """Return the present moment for a statement: on PostgreSQL by the database's own clock."""
+        if self._database.is_sqlite:
+            return "CAST(? AS INTEGER)", (micros(now()),)
+        return "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint", ()
 
     @database_operation
     async def forget(self, user: str, thread_id: str | None) -> None:
@@ -250,11 +269,13 @@ class EventStore:
     @database_operation
     async def expire(self) -> int:
         """Delete the events of a bounded number of runs that ended long ago, and count them."""
-        before = micros(now()) - int(self._retention * 1e6)
+        now_sql, moment = self._now()
         rows = await self._database.fetch(
-            "SELECT id FROM chat_runs WHERE has_events = ? AND ended_at < ? LIMIT ?",
+            "SELECT id FROM chat_runs WHERE has_events = ? "
+            f"AND ended_at < {now_sql} - CAST(? AS BIGINT) LIMIT ?",
             True,
-            before,
+            *moment,
+            int(self._retention * 1e6),
             SWEPT_RUNS,
         )
         if rows:
