@@ -277,7 +277,7 @@ class Run:
 
     def _append_work(self, events: Sequence[Event]) -> None:
         """Append for the work, which has no say any more once the run ends."""
-        if self._phase not in OVER and events:
+        if self._phase is RunPhase.STREAMING and events:
             self._parts.log.append(self.id, events)
 
     def _append(self, events: Sequence[Event]) -> int:

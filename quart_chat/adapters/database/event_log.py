@@ -123,6 +123,8 @@ class DatabaseEventLog:
             return
         upto = live.tail.last
         while live.written < upto and self._live.get(run_id) is live:
+            if self._writer is None or self._writer.done():
+                raise StorageUnavailable
             if self._written is None:
                 self._written = asyncio.get_running_loop().create_future()
             self._work.set()
@@ -168,6 +170,7 @@ class DatabaseEventLog:
                 _settle(waiting, None)
                 if failures:
                     self.on_available()
+        _settle(self._written, StorageUnavailable())
 
     def _write_failed(self, waiting: asyncio.Future[None] | None, error: Exception) -> None:
         self._failures += 1
