@@ -113,7 +113,7 @@ async def decision(call: dict[str, Any]) -> dict[str, Any]:
 
 
 async def typed(prompt: str) -> str | None:
-    """Return a line that is not empty, or None at the end of the input, without blocking the socket."""
+    """Return a line that is not empty, or None at the end; do not block the socket."""
     show(prompt)
     while line := await asyncio.to_thread(sys.stdin.readline):
         if line.strip() or prompt.endswith("[y/N] "):
