@@ -54,7 +54,7 @@ NOTES = """\
   the first message until 0.4 s after the last answer, so storing and the durable log are in it.
 * All servers run at the same time; only one has work at a moment. Steps are interleaved, and every
   number is the median over the repetitions. Everything has been warmed up before, but in (f).
-* quart_chat stores every message and every event of every run (SQLite, WAL) where it says SQLite.
+* quart_chat stores every message and every event of every run, with SQLite in WAL mode.
   FastAPI stores both messages of a turn (SQLAlchemy, SQLite, WAL); it has no event log and so
   nothing to resume from. The relay stores nothing, checks nothing, and handles no error.
 
@@ -63,9 +63,9 @@ NOTES = """\
 * Endpoint, clients and server share the machine's cores; latencies hold the waiting of all three.
   CPU times do not.
 * quart_chat merges text that has arrived by the time it writes, so a delivery holds several tokens
-  where the server is busy. *Tokens a frame* shows how many. *Gap* is the time between two
-  deliveries of text to one client; for a server that can not keep up the gap of what did arrive
-  says little, look at *delivered*.
+  when the server is busy. *Tokens a frame* shows how many. *Gap* is the time between two
+  deliveries of text to one client; for a server that cannot keep up the gap of what did arrive
+  means little, look at *delivered*.
 * *Delivered* is the share of all tokens that had come 5 s after the provider had said the last one.
 * Targets are absolute numbers from another machine, where the bare relay took 18 to 20 µs a token
   in (a) and 52 µs in (b). *× relay* is the CPU a token beside that of the relay over WebSocket with

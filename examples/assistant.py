@@ -1,4 +1,4 @@
-"""An assistant that keeps a list of errands: three tools, one of which asks before it acts.
+"""An assistant that keeps a list of errands: three tools, one of which needs human approval.
 
 Start the server, with a model of your choice, and talk to it from another terminal:
 
@@ -84,7 +84,7 @@ async def talk(url: str) -> None:
 
 
 async def show_answer(socket: ClientConnection) -> str | None:
-    """Show one answer as it comes, and give the id of its thread."""
+    """Show one answer as it arrives, and return the id of its thread."""
     async for frame in socket:
         event: dict[str, Any] = json.loads(frame)
         match event["type"]:
@@ -105,7 +105,7 @@ async def show_answer(socket: ClientConnection) -> str | None:
 
 
 async def decision(call: dict[str, Any]) -> dict[str, Any]:
-    """Ask the user about a call, and make the command that answers it."""
+    """Ask the user to approve a call, and return the command that answers it."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in call["arguments"].items())
     reply = await typed(f"\nMay I call {call['name']}({arguments})? [y/N] ")
     ids = {"run_id": call["run_id"], "tool_call_id": call["tool_call_id"]}
@@ -113,7 +113,7 @@ async def decision(call: dict[str, Any]) -> dict[str, Any]:
 
 
 async def typed(prompt: str) -> str | None:
-    """A line that is not empty, or None at the end of the input; the socket lives on meanwhile."""
+    """Return a line that is not empty, or None at the end; do not block the socket."""
     show(prompt)
     while line := await asyncio.to_thread(sys.stdin.readline):
         if line.strip() or prompt.endswith("[y/N] "):

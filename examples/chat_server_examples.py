@@ -39,7 +39,7 @@ def show(event: dict[str, Any]) -> str:
 
 
 async def websocket_json(server: str) -> str:
-    """Two turns over one WebSocket in JSON; the second one knows the first."""
+    """Send two turns over one WebSocket in JSON; the second one knows the first."""
     answers = []
     async with websockets.connect(f"ws://{server}/chat", proxy=None) as socket:
         thread_id = None
@@ -59,7 +59,7 @@ async def websocket_json(server: str) -> str:
 
 
 async def websocket_msgpack(server: str) -> str:
-    """The same frames as MessagePack: smaller, and binary both ways."""
+    """Send the same frames as MessagePack: smaller, and binary both ways."""
     answer = ""
     async with websockets.connect(f"ws://{server}/chat", proxy=None) as socket:
         await socket.send(msgpack.packb({"content": "Count to five."}))
@@ -72,12 +72,12 @@ async def websocket_msgpack(server: str) -> str:
 
 
 async def sse(server: str) -> str:
-    """Post a message, read its run as server-sent events."""
+    """Post a message and read its run as server-sent events."""
     return await _post(server, {"content": "What is the capital of France?"})
 
 
 async def sse_with_history(server: str) -> str:
-    """Without a database the client sends the earlier turns along (--no-database)."""
+    """Send the earlier turns along, for a server without a database (--no-database)."""
     history = [
         {"role": "user", "content": "My favourite colour is green."},
         {"role": "assistant", "content": "Green is a lovely colour!"},
@@ -100,7 +100,7 @@ async def _post(server: str, body: dict[str, Any]) -> str:
 
 
 async def stop(server: str) -> str:
-    """Stop an answer in the middle; what was said so far is kept."""
+    """Stop an answer in the middle; the server keeps its text so far."""
     answer = ""
     async with websockets.connect(f"ws://{server}/chat", proxy=None) as socket:
         await socket.send(json.dumps({"content": "Tell me a very long story."}))
@@ -129,11 +129,13 @@ async def main() -> None:
         "part", nargs="?", default="all", choices=[*PARTS, "all"], help="default: all but history"
     )
     parser.add_argument("--server", default="127.0.0.1:8080", help="host:port of the server")
-    given = parser.parse_args()
-    names = [given.part] if given.part != "all" else [name for name in PARTS if name != "history"]
+    options = parser.parse_args()
+    names = (
+        [options.part] if options.part != "all" else [name for name in PARTS if name != "history"]
+    )
     for name in names:
         print(f"--- {name}")
-        await PARTS[name](given.server)
+        await PARTS[name](options.server)
 
 
 if __name__ == "__main__":

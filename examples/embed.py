@@ -27,7 +27,7 @@ app.config["CHAT_SYSTEM_PROMPT"] = "You are the friendly support of a bicycle sh
 
 
 class Order(Model):
-    """A table of the application; the chat's tables live in a database of their own."""
+    """Table of the application; the chat's tables are in a database of their own."""
 
     id = fields.IntField(primary_key=True)
     item = fields.CharField(max_length=100)
@@ -38,7 +38,7 @@ class Order(Model):
 
 @app.before_serving
 async def open_the_shops_database() -> None:
-    """The application claims Tortoise's process-wide context; the chat leaves it alone."""
+    """Claim Tortoise's process-wide context, which the chat does not touch."""
     await Tortoise.init(
         db_url=os.environ.get("SHOP_DB", "sqlite://shop.sqlite3"),
         modules={"models": [__name__]},
@@ -59,20 +59,20 @@ app.register_blueprint(threads_blueprint, url_prefix="/support")
 
 
 @chat.authenticate
-def who(asking: Request | Websocket) -> str | None:
-    """The application knows its users; here by a header that a trusted proxy sets."""
-    return asking.headers.get("X-Customer") or asking.args.get("customer")
+def user_of(connection: Request | Websocket) -> str | None:
+    """Return the user's id, here from a header that a trusted proxy sets."""
+    return connection.headers.get("X-Customer") or connection.args.get("customer")
 
 
 @chat.tool
 async def orders_of_the_shop() -> list[str]:
-    """List what was ordered lately."""
+    """Return the newest orders."""
     return [order.item async for order in Order.all().order_by("-id").limit(10)]
 
 
 @app.post("/orders")
 async def place_order():
-    """A route of the application, with its own database."""
+    """Store an order in the application's own database."""
     data = await request.get_json()
     order = await Order.create(item=data["item"])
     return {"id": order.id, "item": order.item}, 201
@@ -85,7 +85,7 @@ async def list_orders():
 
 @app.post("/ask")
 async def ask():
-    """The stream on a route of the application's own."""
+    """Serve the stream on a route of the application's own."""
     return await ChatSSERunner(chat).respond(request)
 
 

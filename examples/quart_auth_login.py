@@ -1,7 +1,7 @@
 """A chat inside an application that has its own users, signed in with quart-auth.
 
 Run it with ``hypercorn quart_auth_login:app``. Sign in with a POST to ``/login``; from then on the
-browser's session cookie says who is asking, over HTTP and over the WebSocket alike.
+browser's session cookie identifies the user, over HTTP and over the WebSocket alike.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PASSWORDS = {"ada": "lovelace", "grace": "hopper"}
 
 
 @chat.authenticate
-async def signed_in(asking: Request | Websocket) -> str | None:
-    """The user of the session, or nobody."""
+async def signed_in(connection: Request | Websocket) -> str | None:
+    """Return the user of the session, or None."""
     return current_user.auth_id
 
 

@@ -36,7 +36,7 @@ def create_app(
         keywords: Settings in lower case without the prefix (``on_busy="queue"``); they win.
 
     Raises:
-        ConfigurationError: A key or value is wrong; the sentence names it.
+        ConfigurationError: A key or value is invalid; the message names it.
     """
     app = Quart("quart_chat", static_folder=None)
     app.config.from_prefixed_env()
@@ -61,7 +61,7 @@ def create_app(
 
 
 def _left_out(app: Quart, protocol: str) -> Any:
-    """Answer with a 404 that says why at the transport that the server leaves out."""
+    """Answer with 404 and the reason at the transport that the server leaves out."""
     if protocol == "both":
         return None
     error = NotFound(
@@ -82,7 +82,7 @@ def _left_out(app: Quart, protocol: str) -> Any:
 
 
 def _guard_the_rest(app: Quart) -> None:
-    """Give what no blueprint serves the same checks, errors and headers."""
+    """Apply the same checks, errors and headers to routes outside the blueprints."""
 
     @app.before_request
     async def check() -> None:

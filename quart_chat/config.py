@@ -1,4 +1,4 @@
-"""The settings: one table of defaults, resolved and checked once."""
+"""Settings: one table of defaults, resolved and checked once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PREFIX = "CHAT_"
 
 
 def _listed(value: Any) -> Any:
-    """Lists come as JSON or with commas from the environment."""
+    """Return the items of a list written as JSON or with commas."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -97,7 +97,7 @@ def _f(default: Any, description: str) -> Any:
 
 
 class Settings(BaseModel):
-    """Every setting, without its prefix; ``docs/reference/configuration.md`` is made of this."""
+    """Every setting, without its prefix; ``docs/reference/configuration.md`` lists them."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, coerce_numbers_to_str=True, str_strip_whitespace=True
@@ -254,7 +254,7 @@ class Settings(BaseModel):
 DEFAULTS: dict[str, Any] = {
     PREFIX + name.upper(): field.get_default() for name, field in Settings.model_fields.items()
 }
-"""Every key with its default; ``Settings`` says what each one means."""
+"""Every key with its default; ``Settings`` describes each one."""
 
 REMOTE_DEFAULTS: dict[str, Any] = {
     "rate_limit": "60/minute",
@@ -269,7 +269,7 @@ WELL_KNOWN = {
     "supabase_key": ("SUPABASE_KEY",),
     "environment": ("QUART_CHAT_ENVIRONMENT", "NODETOOL_ENVIRONMENT"),
 }
-"""Variables that are read where the key is unset."""
+"""Variables that are read if the key is unset."""
 
 SECRET_KEYS = frozenset({"supabase_key", "providers", "database_url", "mcp_servers"})
 
@@ -278,8 +278,8 @@ def resolve(config: Mapping[str, Any], environ: Mapping[str, str] | None = None)
     """Check an application's configuration and fill in the rest.
 
     Args:
-        config: Keys with the prefix ``CHAT_`` are ours; the others are not looked at.
-        environ: Where well-known variables are read; default: the process's environment.
+        config: Keys with the prefix ``CHAT_`` are settings; others are ignored.
+        environ: Mapping of well-known variables; default: the process's environment.
 
     Raises:
         ConfigurationError: Names the key, the value and what is allowed.
@@ -294,9 +294,9 @@ def resolve(config: Mapping[str, Any], environ: Mapping[str, str] | None = None)
         if value is not None and value != "":
             values[key.removeprefix(PREFIX).lower()] = value
     for name, variables in WELL_KNOWN.items():
-        found = next((environ[variable] for variable in variables if environ.get(variable)), None)
-        if found is not None:
-            values.setdefault(name, found.lower() if name == "environment" else found)
+        value = next((environ[variable] for variable in variables if environ.get(variable)), None)
+        if value is not None:
+            values.setdefault(name, value.lower() if name == "environment" else value)
     if values.get("auth") == "remote":
         values = REMOTE_DEFAULTS | values
     try:
@@ -306,7 +306,7 @@ def resolve(config: Mapping[str, Any], environ: Mapping[str, str] | None = None)
 
 
 def unknown_key(key: str, environ: Mapping[str, str] | None = None) -> str:
-    """Return a sentence about an unknown key, with the closest known one and where it is set."""
+    """Return a message about an unknown key, with the closest known key and its source."""
     near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0)[0]
     variable = f"QUART_{key}"
     if environ is not None and variable in environ:
@@ -356,15 +356,15 @@ def install_command(extra: str) -> str:
 
 def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
     first = error.errors(include_url=False)[0]
-    says = re.sub(r"^Value error, ", "", first["msg"])
+    message = re.sub(r"^Value error, ", "", first["msg"])
     if not first["loc"]:
-        name, _, rest = says.partition(": ")
+        name, _, rest = message.partition(": ")
         return f"{PREFIX}{name.upper()}: {rest}."
     name = str(first["loc"][0])
     inner = ".".join(str(step) for step in first["loc"][1:])
     value = "" if name in SECRET_KEYS else f" {values.get(name)!r} is not allowed:"
     where = f" ({inner})" if inner else ""
-    return f"{PREFIX}{name.upper()}{where}:{value} {says[:1].lower()}{says[1:]}."
+    return f"{PREFIX}{name.upper()}{where}:{value} {message[:1].lower()}{message[1:]}."
 
 
 def loopback(host: str) -> bool:

@@ -4,7 +4,7 @@
 
     ChatError                     code, status, retryable, retry_after
     ├── RequestError              theirs: the request has to change
-    │   ├── InvalidMessage        invalid_message 422 (400 where it is not JSON at all)
+    │   ├── InvalidMessage        invalid_message 422 (400 if it is not JSON)
     │   ├── UnsupportedField      unsupported_field 422
     │   ├── UnknownTool           unknown_tool 422
     │   ├── UnknownProvider       unknown_provider 422
@@ -29,8 +29,8 @@
         └── InternalError         internal_error 500, retryable, with a reference
     ConfigurationError            the deployment's: names the key; stops the start
 
-A message is a sentence for people. It never holds a token, a key, a stack trace or the ``repr`` of
-an exception.
+A message says what is wrong, with which value, and what to do. It never holds a token, a key, a
+stack trace or the ``repr`` of an exception.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ RETRYABLE_CODES = frozenset(
 
 
 class ConfigurationError(Exception):
-    """A setting that the server can not start with; the sentence names the key."""
+    """Setting that the server cannot start with; the message names the key."""
 
 
 class ChatError(Exception):
-    """An error that a client is told about: a stable ``code`` and a sentence."""
+    """Error that a client gets: a stable ``code`` and a message."""
 
     code: str = "internal_error"
     status: int = 500
@@ -117,7 +117,7 @@ class ChatError(Exception):
         return self.code in RETRYABLE_CODES
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of an error body and of an ``error`` event."""
+        """Return the fields of an error body and of an ``error`` event."""
         body: dict[str, Any] = {
             "code": self.code,
             "message": self.message,
@@ -131,7 +131,7 @@ class ChatError(Exception):
 
 
 class RequestError(ChatError):
-    """The request has to change before it can succeed."""
+    """Error of the request, which has to change before it can succeed."""
 
     code = "invalid_message"
     status = 422
@@ -139,7 +139,7 @@ class RequestError(ChatError):
 
 
 class InvalidMessage(RequestError):
-    """A command or body that does not say what the protocol allows."""
+    """Command or body that the protocol does not allow."""
 
 
 class UnsupportedField(RequestError):
@@ -168,7 +168,7 @@ class TooLarge(RequestError):
 
 
 class NotAuthenticated(RequestError):
-    """Who is asking could not be established.
+    """Request without a valid user.
 
     ``code`` ends ``authentication_`` with ``required``, ``failed`` or ``expired``.
     """
@@ -187,7 +187,7 @@ class NotAuthenticated(RequestError):
 
     @classmethod
     def required(cls) -> NotAuthenticated:
-        """No token was given."""
+        """Return the error for a missing token."""
         return cls(
             "Send an access token in the Authorization header: 'Bearer <token>'.",
             code="authentication_required",
@@ -195,7 +195,7 @@ class NotAuthenticated(RequestError):
 
     @classmethod
     def expired(cls) -> NotAuthenticated:
-        """The token was good once."""
+        """Return the error for an expired token."""
         return cls(
             "The access token has expired. Get a new one and try again.",
             code="authentication_expired",
@@ -212,13 +212,13 @@ class ForbiddenOrigin(RequestError):
 class NotFound(RequestError):
     code = "not_found"
     status = 404
-    default_message = "There is no such thing."
+    default_message = "Not found. It does not exist, or belongs to another user."
 
 
 class NothingToResume(RequestError):
     code = "nothing_to_resume"
     status = 404
-    default_message = "There is nothing to resume here."
+    default_message = "There is nothing to resume. Send a new message."
 
 
 class ThreadBusy(RequestError):
@@ -236,11 +236,11 @@ class IdConflict(RequestError):
 class NotRunning(RequestError):
     code = "not_running"
     status = 409
-    default_message = "Nothing is running that could be stopped."
+    default_message = "Nothing is running."
 
 
 class RateLimited(RequestError):
-    """``rate_limited`` or ``too_many_runs``; ``retry_after`` is in seconds."""
+    """Refusal by a limit: ``rate_limited`` or ``too_many_runs``; ``retry_after`` in seconds."""
 
     code = "rate_limited"
     status = 429
@@ -248,29 +248,29 @@ class RateLimited(RequestError):
 
 
 class ProviderError(ChatError):
-    """The model's provider failed; ``code`` says how."""
+    """Failure of the model's provider; ``code`` names the kind."""
 
     code = "provider_unavailable"
     status = 502
-    default_message = "The model's provider can not be reached."
+    default_message = "The model's provider cannot be reached. Try again later."
 
 
 class RunError(ChatError):
-    """A run was ended by one of its bounds, or by the end of its process."""
+    """End of a run by one of its bounds, or by the end of its process."""
 
     code = "run_timeout"
     status = 500
-    default_message = "The answer took too long."
+    default_message = "The answer took too long. Try again."
 
 
 class ServerError(ChatError):
-    """Our fault."""
+    """Failure of the server."""
 
 
 class StorageUnavailable(ServerError):
     code = "storage_unavailable"
     status = 503
-    default_message = "The conversation can not be stored at the moment. Try again."
+    default_message = "The conversation cannot be stored at the moment. Try again."
 
 
 class ServerDraining(ServerError):
@@ -285,11 +285,11 @@ class ServerDraining(ServerError):
 class UnreadableLog(ServerError):
     """Events in the log that this version of the server cannot read."""
 
-    default_message = "This answer was written by another version of the server."
+    default_message = "This answer was written by another version of the server and cannot be read."
 
 
 class InternalError(ServerError):
-    """An unexpected failure: the client gets a reference, the log has the same one."""
+    """Unexpected failure: the client gets a reference, and the log has the same one."""
 
     def __init__(self) -> None:
         reference = secrets.token_hex(6)

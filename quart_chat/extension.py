@@ -1,4 +1,4 @@
-"""``QuartChat``: settings, adapters and lifetimes of the chat in a Quart application."""
+"""``QuartChat``: settings, adapters and lifespan of the chat in a Quart application."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ H = TypeVar("H", bound=HostAuthenticate)
 
 
 class QuartChat:
-    """The chat as an extension: ``QuartChat(app)``, or ``init_app`` for several applications.
+    """Quart extension for the chat: ``QuartChat(app)``, or ``init_app`` for several applications.
 
-    What the host gives wins over the configuration: a ``storage``, an ``event_log`` and an
-    ``archive`` (together), an ``authenticator`` of tokens, ``providers`` by name. The decorators
-    ``authenticate`` and ``tool`` give the rest.
+    Arguments win over the configuration: ``storage``, ``event_log`` and ``user_data`` (together),
+    an ``authenticator`` of tokens, and ``providers`` by name. The decorators ``authenticate`` and
+    ``tool`` register functions.
 
     Raises:
-        ConfigurationError: A ``CHAT_`` key of the application is wrong; at ``init_app``.
+        ConfigurationError: A ``CHAT_`` key of the application is invalid; at ``init_app``.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class QuartChat:
             self.init_app(app)
 
     def init_app(self, app: Quart) -> None:
-        """Add the chat to an application; nothing of it is kept here.
+        """Add the chat to an application.
 
         Raises:
-            ConfigurationError: A ``CHAT_`` key is wrong.
+            ConfigurationError: A ``CHAT_`` key is invalid.
         """
         settings = resolve(app.config)
         if settings.environment == "production" and app.debug:
-            raise ConfigurationError("DEBUG: it shows tracebacks; unset it in production.")
+            raise ConfigurationError("DEBUG: debug mode shows tracebacks. Unset it in production.")
         if EXTENSION in app.extensions:
-            raise ConfigurationError("This application has a QuartChat already; it can have one.")
+            raise ConfigurationError("This application already has a QuartChat. Use that one.")
         lifetime = ChatLifespan(self, settings)
         app.extensions[EXTENSION] = lifetime
         app.config.setdefault("QUART_SCHEMA_CONVERT_CASING", False)
@@ -86,29 +86,29 @@ class QuartChat:
 
     @property
     def server(self) -> ChatState:
-        """The chat of the application that handles this request."""
+        """State of the chat of the application that handles this request."""
         server: ChatState = current_app.extensions[EXTENSION].server
         return server
 
     def authenticate(self, function: H) -> H:
-        """Let the host say who is asking.
+        """Register the function that identifies the user.
 
-        The function gets the request or websocket and gives a user id, or None for nobody.
+        The function gets the request or websocket and returns a user id, or None.
         """
         self._host_authenticate = function
         return function
 
     def export(self, user: str) -> AsyncGenerator[dict[str, Any], None]:
-        """Everything that the current application keeps of a user, a plain map each."""
+        """Yield everything that the current application stores of a user, as plain maps."""
         return self.server.user_data.export(user)
 
     async def erase(self, user: str) -> int:
-        """Stop what runs for a user, delete everything of theirs, and count the threads."""
+        """Stop a user's runs, delete all of the user's data, and return the number of threads."""
         await self.server.conversation.forget_runs(user)
         return await self.server.user_data.erase(user)
 
     async def expire(self, before: datetime, limit: int = EXPIRED_THREADS) -> int:
-        """Delete threads without activity since then, at most ``limit``, and count them."""
+        """Delete at most ``limit`` threads without activity since then; return their number."""
         return await self.server.user_data.expire(before, limit)
 
     def tool(
@@ -122,15 +122,15 @@ class QuartChat:
         """Register a function as a tool; see ``quart_chat.tool``."""
 
         def register(function: Callable[..., Any]) -> Tool:
-            made = tool(name=name, needs_approval=needs_approval, users=users)(function)
-            self._tools.append(made)
-            return made
+            registered = tool(name=name, needs_approval=needs_approval, users=users)(function)
+            self._tools.append(registered)
+            return registered
 
         return register if function is None else register(function)
 
 
 class ChatLifespan:
-    """The chat of one application, from its start to its end."""
+    """Lifespan of the chat of one application."""
 
     def __init__(self, chat: QuartChat, settings: Settings) -> None:
         self.settings = settings
@@ -143,20 +143,20 @@ class ChatLifespan:
 
     @property
     def server(self) -> ChatState:
-        """What the transports work with.
+        """State that the transports use.
 
         Raises:
-            RuntimeError: The application does not serve.
+            RuntimeError: The application is not serving.
         """
         if self._server is None:
             raise RuntimeError("The chat is not open: the application does not serve yet.")
         return self._server
 
     async def open(self) -> None:
-        """Open the adapters, unless they are open, and rescue what a dead process left.
+        """Open the adapters, unless they are open, and recover the runs of dead processes.
 
         Raises:
-            ConfigurationError: An adapter can not be opened.
+            ConfigurationError: An adapter cannot be opened.
         """
         if self._server is not None:
             return
@@ -215,12 +215,14 @@ class ChatLifespan:
         if storage is not None and log is not None and user_data is not None:
             return storage, log, user_data
         if (storage, log, user_data) != (None, None, None):
-            raise ConfigurationError("Give storage, event_log and archive together, or none.")
+            raise ConfigurationError(
+                "Pass storage, event_log and user_data together, or none of them."
+            )
         stores = await adapters.stores(self.settings, stack, serving=True)
         return stores.storage, stores.log, stores.user_data
 
     async def drain(self, seconds: float) -> None:
-        """Take no more messages, let answers end for so long, keep the rest, close connections."""
+        """Refuse new messages, let answers end in time, store the rest, and close connections."""
         if self._server is not None and self._log is not None:
             self._drained = True
             await self._server.drain(seconds, durable=self._log.durable)
@@ -239,23 +241,23 @@ class ChatLifespan:
 
 
 def policy_of(settings: Settings) -> Policy:
-    """The part of the settings that the core keeps to."""
+    """Return the part of the settings that the core uses."""
     names = [name for name in Policy.__slots__ if name in type(settings).model_fields]
     values = {name: getattr(settings, name) for name in names}
     return Policy(**values, forget_after_window=settings.storage == "memory")
 
 
 def _modules_tools(modules: Iterable[str]) -> list[Tool]:
-    found: list[Tool] = []
+    registered: list[Tool] = []
     for name in modules:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
             raise ConfigurationError(
-                f"CHAT_TOOLS: the module {name} can not be imported ({error})."
+                f"CHAT_TOOLS: the module {name} cannot be imported ({error})."
             ) from error
         tools = [value for value in vars(module).values() if isinstance(value, Tool)]
         if not tools:
             raise ConfigurationError(f"CHAT_TOOLS: {name} has no function decorated with @tool.")
-        found += [each for each in tools if each not in found]
-    return found
+        registered += [each for each in tools if each not in registered]
+    return registered

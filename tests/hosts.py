@@ -85,8 +85,8 @@ def keyed_app() -> Quart:
     app.register_blueprint(threads_blueprint, url_prefix="/chat")
 
     @chat.authenticate
-    def by_key(asking: Request | Websocket) -> str | None:
-        key = asking.headers.get("X-API-Key", "")
+    def by_key(connection: Request | Websocket) -> str | None:
+        key = connection.headers.get("X-API-Key", "")
         if key == "crash":
             raise LookupError("the password of the database is hunter2")
         return KEYS.get(key)
@@ -110,7 +110,7 @@ def gated_app() -> Quart:
     ended: list[BaseException | None] = []
 
     @chat.authenticate
-    async def when_open(asking: Request | Websocket) -> str:
+    async def when_open(connection: Request | Websocket) -> str:
         await opened.wait()
         return "ada"
 

@@ -64,7 +64,7 @@ def test_help_teaches_and_is_light(tmp_path: Path) -> None:
         ([], {"DATABASE_URL": "postgres://127.0.0.1:9/x"}, "the database cannot be opened"),
         ([], {"QUART_CHAT_DEFAULT_PROVIDER": "groq"}, "Set GROQ_API_KEY to use it"),
         ([], {"QUART_CHAT_LOCAL_MODEL": "missing.gguf"}, "there is no file missing.gguf"),
-        (["--tools", "nothing_here"], {}, "the module nothing_here can not be imported"),
+        (["--tools", "nothing_here"], {}, "the module nothing_here cannot be imported"),
         (["--tools", "json"], {}, "json has no function decorated with @tool"),
         (["--remote-auth"], {}, "set SUPABASE_URL in the environment"),
     ],

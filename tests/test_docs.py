@@ -86,7 +86,7 @@ def test_every_page_can_be_reached() -> None:
 
 
 def test_the_providers_are_those_of_the_catalogue() -> None:
-    rows = table("docs/reference/providers.md", "## Ready made")
+    rows = table("docs/reference/providers.md", "## Built in")
     expected = [
         [
             f"`{name}`",

@@ -1,4 +1,4 @@
-"""Who is asking: Supabase tokens in every transport, the host's own users, what must not start."""
+"""Authentication: Supabase tokens in every transport, the host's own users, what must not start."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ async def test_a_host_s_hooks_see_the_handshake_of_a_socket(
 async def test_a_provider_is_reached_through_the_proxy_of_the_environment(
     serve: Serve, endpoint: Endpoint
 ) -> None:
-    """The scripted endpoint is the proxy; the provider's own name can not be resolved."""
+    """The scripted endpoint is the proxy; the provider's own name cannot be resolved."""
     proxy = endpoint.url.removesuffix("/v1")
     server = await serve(
         environ={"HTTP_PROXY": proxy, "http_proxy": proxy, "NO_PROXY": "", "no_proxy": ""},

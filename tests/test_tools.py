@@ -827,10 +827,10 @@ async def durable(server: Server) -> None:
 # Approval
 
 
-async def asking(
+async def until_needed(
     socket: Socket, question: str, needs: str = "approval", **fields: Any
 ) -> list[Event]:
-    """Send a message, and give the events up to the call that waits for somebody."""
+    """Send a message, and return the events up to the call that waits for somebody."""
     await socket.send({"content": question, **fields})
     return await socket.until("tool_call", needs=needs)
 
@@ -853,7 +853,7 @@ async def test_an_approved_call_is_made_with_the_arguments_that_were_shown(
     thread, mark = unique(), unique("paid")
     question = plan(shared_endpoint, calls(("c1", "pay", {"amount": 7, "mark": mark})))
     async with connect(server) as socket:
-        seen = await asking(socket, question, thread_id=thread, tools=["pay"])
+        seen = await until_needed(socket, question, thread_id=thread, tools=["pay"])
         assert seen[-1]["arguments"] == {"amount": 7, "mark": mark}
         assert seen[-1]["needs"] == "approval"
         await socket.send({"type": "ping"})
@@ -873,7 +873,7 @@ async def test_a_refusal_is_the_models_to_know(
     thread, mark = unique(), unique("paid")
     question = plan(shared_endpoint, calls(("c1", "pay", {"amount": 7, "mark": mark})))
     async with connect(server) as socket:
-        seen = await asking(socket, question, thread_id=thread, tools=["pay"])
+        seen = await until_needed(socket, question, thread_id=thread, tools=["pay"])
         await socket.send(approval(seen, False, reason=reason))
         events = seen + await socket.until("end")
     one_end(events)
@@ -946,7 +946,7 @@ async def test_any_connection_of_the_user_may_approve(
     question = plan(shared_endpoint, calls(("c1", "pay", {"amount": 7, "mark": mark})))
     async with connect(server, binary=True) as other:
         async with connect(server) as socket:
-            seen = await asking(socket, question, tools=["pay"])
+            seen = await until_needed(socket, question, tools=["pay"])
         await other.send({"type": "resume", "run_id": seen[0]["run_id"]})
         assert (await other.until("tool_call"))[-1] == seen[-1]
         await other.send(approval(seen))
@@ -961,7 +961,7 @@ async def test_only_what_is_awaited_can_be_answered(
     mark = unique("paid")
     question = plan(shared_endpoint, calls(("c1", "pay", {"amount": 7, "mark": mark})))
     async with connect(server) as socket, connect(server) as other:
-        seen = await asking(socket, question, tools=["pay"])
+        seen = await until_needed(socket, question, tools=["pay"])
         good = approval(seen)
         for wrong in (
             good | {"tool_call_id": "c2"},
@@ -990,7 +990,7 @@ async def test_a_stop_ends_the_waiting_for_approval(
     thread, mark = unique(), unique("paid")
     question = plan(shared_endpoint, calls(("c1", "pay", {"amount": 7, "mark": mark})))
     async with connect(server) as socket:
-        seen = await asking(socket, question, thread_id=thread, tools=["pay"])
+        seen = await until_needed(socket, question, thread_id=thread, tools=["pay"])
         await socket.send({"type": "stop"})
         events = seen + await socket.until("end")
         one_end(events, "stopped")
@@ -1101,7 +1101,7 @@ async def test_without_a_database_an_approval_ends_with_the_process(
     server = await serve(*TOOLS, "--no-database", environ={"PYTHONPATH": TESTS}, drain_timeout=0)
     question = plan(endpoint, calls(("c1", "pay", {"amount": 7})))
     async with connect(server) as socket:
-        seen = await asking(socket, question, tools=["pay"])
+        seen = await until_needed(socket, question, tools=["pay"])
         stopping = asyncio.ensure_future(server.stop())
         one_end(seen + await socket.until("end"), "interrupted")
         assert await stopping == 0
@@ -1158,7 +1158,7 @@ async def test_a_tool_that_runs_at_the_client(
 async def test_a_clients_long_result_is_cut_too(server: Server, shared_endpoint: Endpoint) -> None:
     question = plan(shared_endpoint, calls(("c1", "lookup", {})))
     async with connect(server) as socket:
-        seen = await asking(socket, question, "client", client_tools=[LOOKUP])
+        seen = await until_needed(socket, question, "client", client_tools=[LOOKUP])
         await socket.send(result_of(seen, "y" * 200_000))
         events = seen + await socket.until("end")
     one_end(events)

@@ -1,4 +1,4 @@
-"""Settings become adapters, each imported only when it is configured."""
+"""Adapters of the settings, each imported only when it is configured."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOCAL_KEY = "not needed"
 
 @dataclass(frozen=True)
 class Stores:
-    """Where conversations and events are kept."""
+    """Stores of conversations, user data and events."""
 
     storage: Storage
     user_data: UserData
@@ -71,70 +71,70 @@ async def stores(
 
 
 def known_providers() -> dict[str, str]:
-    """Every provider that could be configured, and how."""
+    """Return every provider that could be configured, with a hint how."""
     return {name: entry.hint for name, entry in CATALOGUE.items()} | {
         LOCAL: f"Install it with: {install_command('local')}."
     }
 
 
 def sources(settings: Settings, stack: AsyncExitStack) -> list[ConfiguredProvider]:
-    """The configured providers, in order of preference; the local model where there is no other.
+    """Return the configured providers by preference; the local model if there is no other.
 
     Raises:
-        ConfigurationError: ``CHAT_LOCAL_MODEL`` or ``CHAT_DEFAULT_PROVIDER`` cannot be had.
+        ConfigurationError: ``CHAT_LOCAL_MODEL`` or ``CHAT_DEFAULT_PROVIDER`` is not available.
     """
-    found = [
-        _configured(name, given, settings, stack) for name, given in settings.providers.items()
+    configured = [
+        _configured(name, options, settings, stack) for name, options in settings.providers.items()
     ]
-    names = {source.name for source in found}
-    found += [
+    names = {source.name for source in configured}
+    configured += [
         _source(name, endpoint, entry.default_model, (), settings, stack)
         for name, entry in CATALOGUE.items()
-        if name not in names and (endpoint := _ready_made(name, os.environ)) is not None
+        if name not in names and (endpoint := _built_in(name, os.environ)) is not None
     ]
     order = [*settings.providers, *CATALOGUE]
-    found.sort(key=lambda source: order.index(source.name))
+    configured.sort(key=lambda source: order.index(source.name))
     wanted = settings.local_model is not None or settings.default_provider == LOCAL
-    if LOCAL not in settings.providers and (wanted or not found):
-        found += _local(settings, stack, required=wanted)
+    if LOCAL not in settings.providers and (wanted or not configured):
+        configured += _local(settings, stack, required=wanted)
     default = settings.default_provider
-    if default is not None and default not in {source.name for source in found}:
-        choices = ", ".join(source.name for source in found) or "none"
+    if default is not None and default not in {source.name for source in configured}:
+        choices = ", ".join(source.name for source in configured) or "none"
         hint = known_providers().get(default, "Describe it in CHAT_PROVIDERS.")
         raise ConfigurationError(
             f"CHAT_DEFAULT_PROVIDER: {default!r} is not configured ({choices} are). {hint}"
         )
-    for source in found:
-        if source.name == (default or found[0].name) and isinstance(
+    for source in configured:
+        if source.name == (default or configured[0].name) and isinstance(
             source.provider, OpenAIProvider
         ):
             source.provider.warm_up()
-    return found
+    return configured
 
 
 def _configured(
-    name: str, given: ProviderSettings, settings: Settings, stack: AsyncExitStack
+    name: str, options: ProviderSettings, settings: Settings, stack: AsyncExitStack
 ) -> ConfiguredProvider:
     entry = CATALOGUE.get(name)
-    base_url = given.base_url or (entry.base_url if entry else None)
+    base_url = options.base_url or (entry.base_url if entry else None)
     if base_url is None:
         raise ConfigurationError(f"CHAT_PROVIDERS ({name}.base_url): a URL is required.")
-    key = given.api_key
-    variable = given.api_key_env or (entry.key if entry and given.base_url is None else None)
+    key = options.api_key
+    variable = options.api_key_env or (entry.key if entry and options.base_url is None else None)
     if key is None and variable is not None:
         key = os.environ.get(variable)
         if not key:
             raise ConfigurationError(
                 f"CHAT_PROVIDERS ({name}): the variable {variable} is not set."
             )
-    default = given.default_model
-    if default is None and entry is not None and not given.models:
+    default = options.default_model
+    if default is None and entry is not None and not options.models:
         default = entry.default_model
-    endpoint = Endpoint(base_url, key or LOCAL_KEY, given.reports_usage)
-    return _source(name, endpoint, default, given.models, settings, stack)
+    endpoint = Endpoint(base_url, key or LOCAL_KEY, options.reports_usage)
+    return _source(name, endpoint, default, options.models, settings, stack)
 
 
-def _ready_made(name: str, environ: Mapping[str, str]) -> Endpoint | None:
+def _built_in(name: str, environ: Mapping[str, str]) -> Endpoint | None:
     entry = CATALOGUE[name]
     key = environ.get(entry.key) if entry.key else None
     url = environ.get(entry.url) if entry.url else None
@@ -190,13 +190,13 @@ def _local(
 
 
 def uses_local_model(settings: Settings) -> bool:
-    """Whether the local model answers here.
+    """Return whether the local model answers.
 
     Raises:
-        ConfigurationError: It should, and cannot; says why.
+        ConfigurationError: It is configured and cannot answer.
     """
     wanted = settings.local_model is not None or settings.default_provider == LOCAL
-    others = bool(settings.providers) or any(_ready_made(name, os.environ) for name in CATALOGUE)
+    others = bool(settings.providers) or any(_built_in(name, os.environ) for name in CATALOGUE)
     if LOCAL in settings.providers or (others and not wanted):
         return False
     from .local_model import problem
@@ -214,7 +214,7 @@ def fetch_local_model(progress: Callable[[int, int], None]) -> Path:
 
 
 def local_model_is_there() -> bool:
-    """Whether the default local model is in the user's cache."""
+    """Return whether the default local model is in the user's cache."""
     from .local_model import MODEL_BYTES, cached_model
 
     path = cached_model()
@@ -222,22 +222,22 @@ def local_model_is_there() -> bool:
 
 
 async def authenticator(settings: Settings, stack: AsyncExitStack) -> Authenticator | None:
-    """Who knows the tokens, or None where nobody is asked for one."""
+    """Return the authenticator of access tokens, or None with local auth."""
     if settings.auth == "local":
         return None
     from .supabase import SupabaseAuthenticator
 
     assert settings.supabase_url is not None
     assert settings.supabase_key is not None
-    found = SupabaseAuthenticator(
+    verifier = SupabaseAuthenticator(
         settings.supabase_url,
         settings.supabase_key,
         settings.supabase_audience,
         settings.supabase_algorithms,
     )
-    await found.open()
-    stack.push_async_callback(found.close)
-    return found
+    await verifier.open()
+    stack.push_async_callback(verifier.close)
+    return verifier
 
 
 async def connect_tools(settings: Settings, tools: ToolRegistry, stack: AsyncExitStack) -> None:

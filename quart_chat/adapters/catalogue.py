@@ -17,7 +17,7 @@ class Entry:
 
     @property
     def hint(self) -> str:
-        """What to do to have it."""
+        """Instruction that makes the provider available."""
         return f"Set {self.key or self.url} to use it."
 
 

@@ -200,8 +200,8 @@ class SupabaseAuthenticator:
             logger.info("no keys from the auth server: another format")
         finally:
             self._fetched_at = time.monotonic()
-            found = not set(self._keys) <= known
-            self._pause = FIRST_PAUSE if found else min(self._pause * 2, LONGEST_PAUSE)
+            has_new = not set(self._keys) <= known
+            self._pause = FIRST_PAUSE if has_new else min(self._pause * 2, LONGEST_PAUSE)
             self._fetching = None
 
     async def _by_server(self, token: str, claims: Mapping[str, Any]) -> User:
@@ -215,12 +215,12 @@ class SupabaseAuthenticator:
                 task = asyncio.create_task(self._ask_about(digest, token, claims))
                 self._verifying[digest] = task
                 task.add_done_callback(lambda _: self._verifying.pop(digest, None))
-            found = await asyncio.shield(task)
+            user = await asyncio.shield(task)
         else:
-            found = answer.user
-        if found is None:
+            user = answer.user
+        if user is None:
             raise NotAuthenticated
-        return found
+        return user
 
     async def _ask_about(self, digest: bytes, token: str, claims: Mapping[str, Any]) -> User | None:
         user = await self._user_of(token, claims)

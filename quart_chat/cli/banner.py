@@ -1,4 +1,4 @@
-"""What a server shows when it is ready."""
+"""Banner that a server prints when it is ready."""
 
 from __future__ import annotations
 

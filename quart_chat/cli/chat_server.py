@@ -75,19 +75,19 @@ def chat_server(
         raise click.UsageError(
             "--workers: only one process is supported so far. Start it without --workers."
         )
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if protocol:
-        given["CHAT_PROTOCOL"] = protocol
+        options["CHAT_PROTOCOL"] = protocol
     if remote_auth:
-        given["CHAT_AUTH"] = "remote"
+        options["CHAT_AUTH"] = "remote"
     if no_database:
-        given["CHAT_STORAGE"] = "memory"
+        options["CHAT_STORAGE"] = "memory"
     if no_migrate:
-        given["CHAT_MIGRATE"] = False
+        options["CHAT_MIGRATE"] = False
     if access_log:
-        given["CHAT_ACCESS_LOG"] = True
+        options["CHAT_ACCESS_LOG"] = True
     with readable_errors():
-        values = _with_tools(from_file(config) | given, tools)
+        values = _with_tools(from_file(config) | options, tools)
         _serve(host, port, values, log_level)
 
 

@@ -89,7 +89,10 @@ class readable_errors:
 
 
 def with_stores(
-    config: str | None, work: Callable[[Any], Any], given: dict[str, Any] | None = None, **how: Any
+    config: str | None,
+    work: Callable[[Any], Any],
+    overrides: dict[str, Any] | None = None,
+    **how: Any,
 ) -> None:
     """Open the storage, run a coroutine function with it, and close it."""
     import asyncio
@@ -99,7 +102,7 @@ def with_stores(
     from ..config import resolve
 
     with readable_errors():
-        settings = resolve(environment() | from_file(config) | (given or {}))
+        settings = resolve(environment() | from_file(config) | (overrides or {}))
         if settings.storage == "memory":
             raise click.UsageError("CHAT_STORAGE is memory. There is no database.")
 

@@ -1,5 +1,5 @@
-"""What we use of other libraries by other than their public API: a file or folder for each library.
+"""Uses of other libraries beyond their public API: a file or folder for each library.
 
-Every file names the versions that it was checked against, checks that what it needs is there, and
-falls back to the plain public way. Tests fail in words when an upgrade breaks one.
+Every file names the versions that it was checked against, checks for what it needs, and falls back
+to the public API. Tests name what an upgrade breaks.
 """

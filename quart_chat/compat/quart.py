@@ -1,4 +1,4 @@
-"""Quart, with Werkzeug: sockets that a handler may leave, bodies that nobody reads, routes.
+"""Quart, with Werkzeug: sockets that a handler may leave, unread bodies, routes.
 
 Checked against Quart 0.20 to 0.23 and Werkzeug 3.
 
@@ -65,7 +65,7 @@ def werkzeug_problem() -> str | None:
 
 
 def has_converter(rule: Rule, kind: type[BaseConverter], name: str) -> bool:
-    """Whether a route has a converter of a kind, which is registered under a name."""
+    """Return whether a route has a converter of a kind, registered under a name."""
     converters = getattr(rule, "_converters", None)
     if converters is None:
         return f"<{name}:" in rule.rule
@@ -115,7 +115,7 @@ class LeavableConnection(ASGIWebsocketConnection):
 
     @property
     def left_open(self) -> bool:
-        """Whether the handler has returned and left the socket open."""
+        """Return whether the handler has returned and left the socket open."""
         return self._leaves and not self._client_left
 
     async def handle_websocket(self, websocket: Websocket, send: Any) -> None:

@@ -34,12 +34,12 @@ class Checked:
 
     def problem(self, differences: Iterable[str]) -> str | None:
         """Return a sentence if the library differs from what the hook needs, else None."""
-        found = list(differences)
-        if not found:
+        reasons = list(differences)
+        if not reasons:
             return None
         return (
             f"{self.library} {self.installed()} differs from the versions that quart_chat was "
-            f"checked against ({self}): {'; '.join(found)}."
+            f"checked against ({self}): {'; '.join(reasons)}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Our own process: the socket, Hypercorn, the signals, and the drain before the end."""
+"""Server process: the socket, Hypercorn, the signals, and the drain before the end."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def serve(app: Quart, listener: socket, ready: Callable[[], None]) -> None:
 
 
 def _quiet_about_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Connections that outstay the end are cancelled; the streams of asyncio report that."""
+    """Hide asyncio's reports of connections that are cancelled at the end."""
     if not isinstance(context.get("exception"), asyncio.CancelledError):
         loop.default_exception_handler(context)

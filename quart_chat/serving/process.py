@@ -65,7 +65,7 @@ def hypercorn_config(settings: Settings, descriptor: int) -> BoundedConfig:
 
 
 class Process:
-    """Serves an application until a signal ends it."""
+    """Process that serves an application until a signal ends it."""
 
     def __init__(
         self, app: Quart, listener: socket, ready: Callable[[], None], deadline: Deadline

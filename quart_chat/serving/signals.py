@@ -21,7 +21,7 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Deadline:
-    """Ends the process when its time is over, also while the event loop is blocked.
+    """Deadline that ends the process, even while the event loop is blocked.
 
     Its thread is started without the locks of ``threading`` and of ``logging``, because a signal
     handler runs between any two instructions of whoever may hold them.

@@ -1,1 +1,1 @@
-"""How clients speak: the only place that knows requests and sockets."""
+"""Transports: the only package that knows requests and sockets."""

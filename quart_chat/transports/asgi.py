@@ -1,4 +1,4 @@
-"""Places where Quart's own connection classes do not fit what a chat needs."""
+"""Connection classes for Quart that fit what a chat needs."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class IdConverter(BaseConverter):
     """An id in a path, with any character in it."""
 
     def to_python(self, value: str) -> str:
-        found = value.replace(SLASH, "/")
-        if not is_id(found):
+        decoded = value.replace(SLASH, "/")
+        if not is_id(decoded):
             raise NotFound  # the HTTP exception, which routing understands
-        return found
+        return decoded
 
     def to_url(self, value: Any) -> str:
         return str(super().to_url(str(value))).replace("/", "%2F")
@@ -71,7 +71,7 @@ Serve = Callable[[Socket], Awaitable[None]]
 
 
 class Disconnected(Exception):
-    """The client has gone."""
+    """The client has disconnected."""
 
 
 class ASGISocket:
@@ -86,7 +86,7 @@ class ASGISocket:
         self._send = send
 
     async def receive(self) -> Frame | None:
-        """The next frame. Raises Disconnected."""
+        """Return the next frame. Raises Disconnected."""
         for frame in self._waiting:
             return frame
         event = await self._receive()
@@ -110,7 +110,7 @@ class ASGISocket:
 
 
 class _ChatConnection:
-    """Goes on below Quart's connection when the handler has left the socket open.
+    """Quart connection whose socket the chat serves below Quart after the handler has returned.
 
     Quart keeps two tasks, a queue, a context and a request for every socket, and passes each frame
     through them; an idle socket is a third smaller without, and a token has a shorter way. So the
@@ -152,9 +152,9 @@ async def _go_away(socket: ASGISocket) -> None:
 
 
 def hand_off(socket: Websocket) -> Callable[[Serve], None] | None:
-    """Lets a handler say how its socket is served once it has returned.
+    """Register how a socket is served after its handler has returned.
 
-    None where the application has a connection class of its own.
+    None if the application has its own connection class.
     """
     scope: Mapping[str, Any] = cast("Any", socket.scope)
     return scope.get(HAND_OFF)

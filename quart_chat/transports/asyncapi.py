@@ -84,15 +84,15 @@ def _server(protocol: str) -> dict[str, Any]:
 
 
 def _schema(model: Any, schemas: dict[str, Any]) -> dict[str, Any]:
-    found = TypeAdapter(model).json_schema(ref_template=REFERENCES)
-    schemas.update(found.pop("$defs", {}))
-    found.pop("title", None)
-    return found
+    schema = TypeAdapter(model).json_schema(ref_template=REFERENCES)
+    schemas.update(schema.pop("$defs", {}))
+    schema.pop("title", None)
+    return schema
 
 
 def event_schemas(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return a JSON schema for every event of a run, and add what they refer to to ``schemas``."""
-    found = {}
+    events = {}
     for kind, event in EVENT_TYPES.items():
         if event is RoundEnded:
             continue
@@ -110,25 +110,25 @@ def event_schemas(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
         schema["properties"] = envelope | properties
         schema["required"] = [*envelope, *schema.get("required", [])]
         schema["type"] = "object"
-        found[kind] = schema
-    return found
+        events[kind] = schema
+    return events
 
 
 def _unnumbered(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for kind, told in UNNUMBERED.items():
-        properties = {key: value for key, value in told.items() if key != "summary"}
+    messages = {}
+    for kind, fields in UNNUMBERED.items():
+        properties = {key: value for key, value in fields.items() if key != "summary"}
         if kind == "refusal":
             detail = _schema(ErrorDetail, schemas)["properties"]
             properties = {**detail, "reply_to": {"type": "string"}}
         name = "error" if kind == "refusal" else kind
-        found[kind] = {
+        messages[kind] = {
             "type": "object",
-            "description": told["summary"],
+            "description": fields["summary"],
             "properties": {"type": {"const": name}, **properties},
             "required": ["type", *(key for key in properties if key in ("code", "message"))],
         }
-    return found
+    return messages
 
 
 def asyncapi(version: str, mount: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Bytes become commands; events become JSON text, MessagePack bytes or SSE frames."""
+"""Codec: bytes to commands, and events to JSON text, MessagePack bytes or SSE frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One accepted socket: a loop that reads commands, until the client leaves or is sent away."""
+"""Loop of one accepted socket, which reads commands until either side closes it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MAX_LARGE_PAUSE = 1.0
 
 
 class Connection:
-    """What one socket asked for, and how it ends."""
+    """State of one socket: its commands, runs and end."""
 
     __slots__ = (
         "_chat",
@@ -313,7 +313,7 @@ class _Exchange:
             self._timeout.end()
 
     async def refuse(self, error: ChatError) -> None:
-        """Send an error, with the command's id where it can be encoded."""
+        """Send an error, with the command's id if it can be encoded."""
         try:
             await self.reply(error_event(error, **self.reply_to))
         except UnicodeEncodeError:

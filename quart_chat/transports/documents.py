@@ -36,7 +36,7 @@ TAGS = {
 
 
 class ChatOpenAPI(OpenAPIProvider):
-    """Describes the streams as events, and answers without a body as such."""
+    """OpenAPI schema provider that describes streams as events."""
 
     def schema(self) -> dict[str, Any]:
         """Return the document."""
@@ -65,7 +65,7 @@ def _complete(operation: dict[str, Any], one_of: list[dict[str, str]]) -> None:
         responses[200] = {**responses[200], "content": stream}
         operation["responses"] = {**responses, 204: {"description": "Nothing (more) to follow"}}
     elif name in NO_CONTENT:
-        left = {status: told for status, told in responses.items() if status != 200}
+        left = {status: response for status, response in responses.items() if status != 200}
         operation["responses"] = {**left, 204: {"description": NO_CONTENT[name]}}
     if name in PUBLIC:
         operation["security"] = []

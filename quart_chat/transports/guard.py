@@ -1,4 +1,4 @@
-"""Who is asking, and from which origin."""
+"""Authentication and origin checks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SECURITY_HEADERS = {
 
 
 class Guard:
-    """The rules of one application."""
+    """Guard of one application: authentication, origins and limits."""
 
     def __init__(self, settings: Settings) -> None:
         self.authenticator: Authenticator | None = None
@@ -43,7 +43,7 @@ class Guard:
 
     @property
     def is_local(self) -> bool:
-        """Whether all requests share one user."""
+        """Return whether all requests share one user."""
         return self.authenticator is None and self.host_authenticate is None
 
     async def identify(self, connection: HTTPConnection, *, query_token: bool = False) -> User:
@@ -51,7 +51,7 @@ class Guard:
 
         Args:
             connection: The request or socket.
-            query_token: Whether ``?token=`` is looked at, where there is no header.
+            query_token: Whether ``?token=`` is read if there is no header.
 
         Raises:
             NotAuthenticated: There is none.
@@ -91,7 +91,7 @@ class Guard:
         if isinstance(user, User):
             return user
         if user is None or user == "":
-            raise NotAuthenticated("Sign in first.", code="authentication_required")
+            raise NotAuthenticated("Sign in, then try again.", code="authentication_required")
         if not isinstance(user, str) or len(user) > MAX_USER_ID:
             raise TypeError("authenticate returns a user id: a string of at most 255 characters")
         return User(user)

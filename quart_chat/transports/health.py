@@ -1,4 +1,4 @@
-"""``GET /health``: whether the process runs. ``GET /ready``: whether it would take a message."""
+"""Health checks: ``GET /health`` for the process, ``GET /ready`` for messages."""
 
 from __future__ import annotations
 

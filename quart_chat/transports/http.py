@@ -1,4 +1,4 @@
-"""What the HTTP routes share: bodies within bounds, errors as JSON, headers, one user's calls."""
+"""Common parts of HTTP routes: bodies within bounds, errors as JSON, headers, one user's calls."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def body_of(connection: Request, settings: Settings) -> bytes:
     """Return a request's body.
 
     Raises:
-        TooLarge: It is over ``CHAT_MAX_MESSAGE_BYTES``, or says so.
+        TooLarge: It is over ``CHAT_MAX_MESSAGE_BYTES``, or its Content-Length is.
         InvalidMessage: It did not arrive within ``CHAT_BODY_TIMEOUT`` (408).
     """
     bound = settings.max_message_bytes
@@ -51,7 +51,7 @@ async def body_of(connection: Request, settings: Settings) -> bytes:
         raise too_large
     body = bytearray()
     try:
-        # Quart's own time-out does not act where a body is iterated.
+        # Quart's own timeout does not act while a body is iterated.
         async with asyncio.timeout(settings.body_timeout):
             async for piece in connection.body:
                 body += piece
@@ -97,7 +97,7 @@ def _may_have_a_body(connection: Request) -> bool:
 
 
 async def refusal(error: Exception, connection: Request) -> Response:
-    """Return what a client is told of an exception, and take the rest of a body that is too large.
+    """Return the response for an exception, and read the rest of a body that is too large.
 
     The answer is sent at once and whole; the connection closes when the body has been read.
     """
@@ -125,7 +125,7 @@ async def _then_discard(answer: bytes, body: AsyncIterable[bytes]) -> AsyncGener
 
 
 def as_chat_error(error: Exception) -> ChatError:
-    """Return what a client is told of an exception; the log has the unexpected, by reference."""
+    """Return the error for a client; log an unexpected exception with its reference."""
     if isinstance(error, ChatError):
         return error
     if isinstance(error, RequestEntityTooLarge):
@@ -150,7 +150,7 @@ def secured(response: Response) -> Response:
 
 
 def guarded(blueprint: Blueprint) -> None:
-    """Give a blueprint's HTTP routes the origin check, CORS, error bodies and security headers."""
+    """Add the origin check, CORS, error bodies and security headers to a blueprint's routes."""
 
     @blueprint.record_once
     def check_application(setup: BlueprintSetupState) -> None:
@@ -188,7 +188,7 @@ def guarded(blueprint: Blueprint) -> None:
 
 
 def current_state_or_none() -> ChatState | None:
-    """Return the chat, or None where the application does not serve yet."""
+    """Return the chat, or None before the application serves."""
     try:
         return current_state()
     except ChatError:

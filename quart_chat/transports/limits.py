@@ -1,4 +1,4 @@
-"""How much one user may do: messages and calls in a period, connections and calls at once."""
+"""Limits per user: rates of messages and calls, simultaneous connections and calls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TooManyRequests(ChatError):
 
 
 class RateLimiter:
-    """The generic cell rate algorithm: ``count`` messages a period, evenly refilled."""
+    """Rate limiter (GCRA), in memory: ``count`` messages a period, evenly refilled."""
 
     def __init__(self, limit: str, message: str | None = None) -> None:
         count, _, period = limit.partition("/")
@@ -54,7 +54,7 @@ class RateLimiter:
 
 
 class ConnectionSlot:
-    """A counted connection; ``release`` gives it back, once."""
+    """Slot of a counted connection, which ``release`` frees once."""
 
     __slots__ = ("_slots", "_user")
 
@@ -80,7 +80,7 @@ class ConnectionSlots:
         self.total = 0
 
     def take(self, user: str) -> ConnectionSlot:
-        """Count one more. Raises the refusal where a bound is reached."""
+        """Count one more. Raises the refusal if a bound is reached."""
         per_user = self._bound_per_user
         if self.total >= self._bound or (per_user is not None and self._per_user[user] >= per_user):
             raise self._refusal(retry_after=1)
@@ -97,7 +97,7 @@ class ConnectionSlots:
 
 
 class Limits:
-    """The bounds of one application."""
+    """Limits of one application."""
 
     def __init__(self, settings: Settings) -> None:
         self._messages = RateLimiter(settings.rate_limit) if settings.rate_limit else None

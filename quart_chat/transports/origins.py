@@ -1,4 +1,4 @@
-"""Which pages in browsers may use the chat: origins, CORS and DNS rebinding."""
+"""Origin checks for pages in browsers: allowed origins, CORS and DNS rebinding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CORS_EXPOSED = "X-Thread-Id, Retry-After"
 
 
 class Origins:
-    """The origins that an application allows."""
+    """Origins that an application allows."""
 
     def __init__(self, allowed: tuple[str, ...]) -> None:
         self._allowed = frozenset(allowed)

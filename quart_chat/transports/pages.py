@@ -1,4 +1,4 @@
-"""What lists have in common: query strings and opaque cursors."""
+"""Query strings and opaque cursors of lists."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def query_of(connection: Request, model: type[M]) -> M:
 
 
 def to_cursor(values: list[Any]) -> str:
-    """Return a place in a list as clients send it back."""
+    """Return the cursor of a place in a list."""
     raw = json.dumps(values, separators=(",", ":")).encode()
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 

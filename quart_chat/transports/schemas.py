@@ -26,7 +26,7 @@ class ErrorDetail(_Document):
 
 
 class ErrorBody(_Document):
-    """Why a request was refused."""
+    """Body of a refused request."""
 
     error: ErrorDetail
 
@@ -42,7 +42,7 @@ class NewThread(_Document):
 
 
 class ThreadChanges(_Document):
-    """What to change of a thread; a title of null restores the automatic one."""
+    """Changes to a thread; a title of null restores the automatic one."""
 
     title: Annotated[str, StringConstraints(max_length=500)] | None = None
     metadata: dict[str, Any] | None = None

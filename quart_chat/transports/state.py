@@ -32,7 +32,7 @@ CHECK_SECONDS = 1
 
 
 class NotServing(ServerError):
-    """A request came before the application was started."""
+    """Error for a request before the application was started."""
 
     default_message = (
         "The chat is not open, because the application does not serve yet. "
@@ -87,7 +87,7 @@ class ChatState:
         return None
 
     def close_connections(self) -> int:
-        """Close sockets with 1001 and break streams off, so that clients resume elsewhere."""
+        """Close sockets with 1001 and cut streams, so that clients resume elsewhere."""
         closing = list(self.closers)
         for close in closing:
             close()

@@ -28,8 +28,8 @@ KEEP_ALIVE = ": keep-alive\n"
 class Stream:
     """One response body. It ends after ``end``; when the server closes, it is broken off.
 
-    What is ``held`` (a slot, a follower, the thread's use) is given back when the body ends, or
-    with the task that answers the request where the body never begins.
+    What is ``held`` (a slot, a follower, the thread's use) is released when the body ends, or with
+    the task that answers the request if the body never begins.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Stream:
             async for frames in self._delivered(self._sent, keep_alive):
                 yield frames
             return
-        yield sse_frame(self._told("queued", position=self._sent.position))
+        yield sse_frame(self._message_fields("queued", position=self._sent.position))
         try:
             while (begun := await keep_alive.wait(self._turn)) is None:
                 yield KEEP_ALIVE
@@ -93,7 +93,7 @@ class Stream:
             yield sse_frame(error_event(error, thread_id=self.thread_id, **self._more))
             return
         if (subscription := begun[0]) is None:
-            yield sse_frame(self._told("generation_stopped", message=STOPPED_BY_USER))
+            yield sse_frame(self._message_fields("generation_stopped", message=STOPPED_BY_USER))
             return
         self._held.enter_context(self._server.conversation.watching(subscription))
         async for frames in self._delivered(subscription, keep_alive):
@@ -112,7 +112,7 @@ class Stream:
             del self._server.deliveries[delivered]
             delivered.cancel()
 
-    def _told(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def _message_fields(self, kind: str, **fields: Any) -> dict[str, Any]:
         return {"type": kind, "thread_id": self.thread_id, **fields, **self._more}
 
     async def _turn(self) -> tuple[Subscription | None]:

@@ -1,4 +1,4 @@
-"""Conversations as JSON: lists, titles, feedback, tools that wait, models."""
+"""JSON API of conversations: lists, titles, feedback, waiting tools, models."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def _answer_call(
 ) -> Response:
     run = server.conversation.runs.get(user, body.run_id)
     if run is None or run.record.thread_id != thread_id:
-        raise NotFound("No run of this thread waits for that.")
+        raise NotFound("No run of this thread waits for this tool call.")
     server.conversation.answer_call(user, body.run_id, body.tool_call_id, reply)
     return Response("", 204)
 

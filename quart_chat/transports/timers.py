@@ -1,4 +1,4 @@
-"""One timer for a connection: silence towards the client, and clients that take nothing."""
+"""Timers of a connection: keep-alive, and timeout of clients that do not read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DROPPED = "a client that takes nothing was dropped"
 
 
 class SendTimeout:
-    """Calls ``drop`` when a socket takes nothing for so long although something waits for it.
+    """Send timeout: calls ``drop`` when a client does not read pending data for so long.
 
     ``begin`` and ``end`` stand around what is sent, and ``sent`` counts it. The timer runs only
     while something waits, and looks twice within the time-out; nothing is done for a frame but the
@@ -33,14 +33,14 @@ class SendTimeout:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """Something is about to be sent."""
+        """Start the timer: something is about to be sent."""
         self._waiting += 1
         if self._timer is None:
             self._seen = (self.sent, 0)
             self._timer = asyncio.get_running_loop().call_later(self._interval, self._check)
 
     def end(self) -> None:
-        """What began has been sent, or never will be."""
+        """Note that what began has been sent, or never will be."""
         self._waiting -= 1
 
     def stop(self) -> None:
@@ -62,7 +62,7 @@ class SendTimeout:
 
 
 class KeepAlive:
-    """Watches the body of a stream, with one timer.
+    """Keep-alive of a stream's body, and its send timeout, with one timer.
 
     While the body waits for events, ``wait`` returns None after ``keepalive`` seconds of silence.
     While the server waits for the client to take what was sent, the task is cancelled after

@@ -1,4 +1,4 @@
-"""The WebSocket: who is admitted, and the routes."""
+"""WebSocket: admission and routes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def no_socket() -> Response:
 
 
 class ChatWebSocketRunner:
-    """Serves the chat on any route: ``await ChatWebSocketRunner(chat).run(websocket)``."""
+    """Runner of the chat on any route: ``await ChatWebSocketRunner(chat).run(websocket)``."""
 
     def __init__(self, chat: HasChatState) -> None:
         self._server = state_of(chat)

@@ -1,4 +1,4 @@
-"""One database of our own, beside whatever Tortoise the host application has.
+"""Database of the chat, separate from the host application's Tortoise.
 
 Every operation runs as a task in a copy of our context; a copy, because a transaction puts its
 connection into the context.
@@ -51,7 +51,7 @@ R = TypeVar("R")
 
 
 class OperationRefused(Exception):
-    """What an operation raises for its caller; it passes as it is."""
+    """Error that an operation raises for its caller; it passes unchanged."""
 
 
 class HasDatabase(Protocol):
@@ -65,7 +65,7 @@ Operation = Callable[Concatenate[S, P], Coroutine[Any, Any, R]]
 
 
 def database_operation(method: Operation[S, P, R]) -> Operation[S, P, R]:
-    """Run an adapter's method where our database is the current one; it awaits nothing else."""
+    """Run an adapter's method with the chat's database; it awaits nothing else."""
 
     async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self._database.run(method(self, *args, **kwargs))
@@ -98,7 +98,7 @@ def _numbered(sql: str) -> str:
 
 
 class Database:
-    """Connections, transactions and migrations of our own tables."""
+    """Connections, transactions and migrations of the chat's tables."""
 
     def __init__(self, url: str) -> None:
         self._config = tortoise_config(url)
@@ -128,7 +128,7 @@ class Database:
 
     @property
     def is_sqlite(self) -> bool:
-        """Whether statements are written for SQLite."""
+        """Return whether statements are written for SQLite."""
         return self._sqlite is not None
 
     async def open(
@@ -203,7 +203,7 @@ class Database:
         await migrate(self._client(), self._config["apps"], APP)
 
     async def close(self) -> None:
-        """Wait for what is under way, and disconnect."""
+        """Wait for running operations, and disconnect."""
         if self._lock is not None:
             self._lock.release()
         if not self._open:
@@ -242,9 +242,9 @@ class Database:
             raise
 
     async def run(self, operation: Coroutine[Any, Any, R]) -> R:
-        """Run an operation where our database is the current one.
+        """Run an operation with the chat's database as the current one.
 
-        It goes on to its end also when the caller is cancelled: a statement is never cut in half.
+        It finishes even if the caller is cancelled: a statement is never cut.
 
         Raises:
             StorageUnavailable: The database does not answer, or has no room.

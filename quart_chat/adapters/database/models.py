@@ -1,7 +1,7 @@
-"""The tables. Moments are microseconds since 1970 in UTC, structured values are JSON text.
+"""Tables. Times are microseconds since 1970 in UTC, structured values are JSON text.
 
-Tortoise describes and migrates them, and gives connections and transactions; the statements on them
-stand in ``storage.py`` and ``event_log.py``.
+Tortoise describes and migrates them, and provides connections and transactions; the statements
+are in ``storage.py`` and ``event_log.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ID = 128
 class ChatThread(Model):
     """A conversation.
 
-    ``newest_*`` describe its newest message, where the next one continues.
+    ``newest_*`` describe its newest message, which the next one continues.
     """
 
     row_id = fields.BigIntField(primary_key=True)
@@ -87,7 +87,7 @@ class ChatMessage(Model):
 class ChatRun(Model):
     """A run.
 
-    ``owner`` is the process that lives it, ``seen_at`` that process's last sign of life.
+    ``owner`` is the process that holds its lease, ``seen_at`` that process's last heartbeat.
     """
 
     id = fields.CharField(max_length=ID, primary_key=True)
@@ -114,7 +114,7 @@ class ChatRun(Model):
 class ChatEvents(Model):
     """A batch of a run's events.
 
-    They are those up to and with number ``last_seq`` that no batch before has.
+    It holds the events up to number ``last_seq`` that no earlier batch holds.
     """
 
     row_id = fields.BigIntField(primary_key=True)

@@ -1,7 +1,7 @@
-"""Which process lives a run, and whether that process is still there.
+"""Lease of a run: the process that owns it, and whether that process is alive.
 
-On one machine this is certain at once: a process is its id and the moment it began. Of other
-machines only silence tells.
+On one machine this is known at once, because a process is its id and its start time. A process of
+another machine is alive while it sends heartbeats.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import uuid
 from pathlib import Path
 
 SILENCE_SECONDS = 30
-"""A process of another machine that gave no sign for so long is taken for dead."""
+"""Seconds without a heartbeat after which a process of another machine counts as dead."""
 
 HEARTBEAT_SECONDS = 5
-"""How often a process that has runs gives a sign."""
+"""Seconds between the heartbeats of a process that owns runs."""
 
 _living: set[str] = set()
 
 
 def claim_name() -> str:
-    """A new owner's name in this process; ``release_name`` ends it."""
+    """Return a new owner's name in this process, valid until ``release_name``."""
     name = f"{_process(os.getpid())}/{uuid.uuid4().hex}"
     _living.add(name)
     return name
 
 
 def release_name(name: str) -> None:
-    """The owner is gone, the process may stay."""
+    """End an owner; its process may continue."""
     _living.discard(name)
 
 
 def is_dead(name: str, seen_seconds_ago: float) -> bool:
-    """Whether an owner will never come back. An empty name is one that left its runs on purpose."""
+    """Return whether an owner has ended. An empty name is one that left its runs on purpose."""
     if not name:
         return True
     machine, _, rest = name.partition("/")
@@ -47,7 +47,7 @@ def is_dead(name: str, seen_seconds_ago: float) -> bool:
 
 
 def _machine() -> str:
-    """This machine, this boot of it, and this namespace of process ids."""
+    """Return the name of this machine, boot and namespace of process ids."""
     boot = _read("/proc/sys/kernel/random/boot_id")[:8]
     try:
         namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")

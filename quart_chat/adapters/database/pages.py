@@ -83,20 +83,20 @@ class MessagePages:
         chars: int,
     ) -> list[Message]:
         """Return the first messages of a window, up to the one with which they pass ``chars``."""
-        found: list[Message] = []
+        messages: list[Message] = []
         columns = f"row_id, position, {MESSAGE_SIZE} AS size"
-        while chars >= 0 and len(found) < window.limit:
-            part = replace(window, limit=min(MEASURED_ROWS, window.limit - len(found)))
+        while chars >= 0 and len(messages) < window.limit:
+            part = replace(window, limit=min(MEASURED_ROWS, window.limit - len(messages)))
             sizes = await self._rows(user, thread_id, part, segments, columns)
             chosen = within(sizes, chars)
             if not chosen:
                 break
             chars -= sum(row["size"] for row in chosen)
-            found += await self._chosen([row["row_id"] for row in chosen], window)
+            messages += await self._chosen([row["row_id"] for row in chosen], window)
             if len(sizes) < part.limit:
                 break
             window = replace(window, after=chosen[-1]["position"])
-        return found
+        return messages
 
     async def _chosen(self, row_ids: Sequence[int], window: Window) -> list[Message]:
         rows = await self._database.fetch(
@@ -122,13 +122,13 @@ class MessagePages:
             segments = [s for s in segments if s[1] > window.after]
         if not ascending:
             segments = segments[::-1]
-        found: list[Row] = []
+        rows: list[Row] = []
         for start in range(0, len(segments), MAX_SEGMENTS):
             chunk = segments[start : start + MAX_SEGMENTS]
-            found += await self._some(user, thread_id, window, chunk, columns)
-            if len(found) >= window.limit:
+            rows += await self._some(user, thread_id, window, chunk, columns)
+            if len(rows) >= window.limit:
                 break
-        return found[: window.limit]
+        return rows[: window.limit]
 
     async def _some(
         self,

@@ -1,4 +1,4 @@
-"""What the columns of a row mean."""
+"""Rows of the database as values, and back."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def within(rows: Sequence[R], chars: int) -> Sequence[R]:
 
 
 def micros(moment: datetime) -> int:
-    """Microseconds since 1970."""
+    """Return microseconds since 1970."""
     return (moment - EPOCH) // timedelta(microseconds=1)
 
 
 def moment(value: int) -> datetime:
-    """The moment so many microseconds after 1970."""
+    """Return the time so many microseconds after 1970."""
     return EPOCH + timedelta(microseconds=value)
 
 
 def dump(value: Any) -> str:
-    """Compact JSON for a column."""
+    """Return compact JSON for a column."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -51,7 +51,7 @@ def _load(text: str | None) -> Any:
 
 
 def thread_of(row: Mapping[str, Any]) -> Thread:
-    """A row of ``chat_threads``."""
+    """Return the thread of a row of ``chat_threads``."""
     return Thread(
         id=row["id"],
         title=row["title"] if row["title"] is not None else row["preview"],
@@ -63,7 +63,7 @@ def thread_of(row: Mapping[str, Any]) -> Thread:
 
 
 def message_of(row: Mapping[str, Any]) -> Message:
-    """A row of ``chat_messages``."""
+    """Return the message of a row of ``chat_messages``."""
     calls = _load(row["tool_calls"]) or ()
     return Message(
         id=row["id"],

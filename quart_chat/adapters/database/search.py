@@ -45,16 +45,16 @@ def grams(user: str, text: str) -> set[int]:
 
 def query_grams(user: str, pieces: Iterable[str]) -> set[int]:
     """Return the numbers that a text needs to have to contain all pieces; perhaps none."""
-    found: set[str] = set()
+    needed: set[str] = set()
     for piece in pieces:
         wide = [letter >= WIDE for letter in piece]
         if len(piece) >= GRAM:
-            found.update(piece[n : n + GRAM] for n in range(len(piece) - GRAM + 1))
+            needed.update(piece[n : n + GRAM] for n in range(len(piece) - GRAM + 1))
         elif all(wide):
-            found.add(piece)
+            needed.add(piece)
         else:
-            found.update(letter for letter, is_wide in zip(piece, wide, strict=True) if is_wide)
-    return _numbers(user, found)
+            needed.update(letter for letter, is_wide in zip(piece, wide, strict=True) if is_wide)
+    return _numbers(user, needed)
 
 
 def _grams(word: str) -> Iterable[str]:
@@ -66,9 +66,9 @@ def _grams(word: str) -> Iterable[str]:
         )
 
 
-def _numbers(user: str, found: Iterable[str]) -> set[int]:
+def _numbers(user: str, texts: Iterable[str]) -> set[int]:
     seed, crc = zlib.crc32(f"{user}\0".encode()), zlib.crc32
-    return {crc(gram.encode(), seed) for gram in found}
+    return {crc(gram.encode(), seed) for gram in texts}
 
 
 def _as_terms(numbers: Iterable[int]) -> str:
@@ -147,18 +147,18 @@ class Search:
         for entry in entries:
             row, position = entry >> POSITION_BITS, entry & (1 << POSITION_BITS) - 1
             positions.setdefault(row, []).append(position)
-        found: list[Thread] = []
+        results: list[Thread] = []
         for _, _, row_id in await self._order(list(positions)):
             threads = await self._rows("row_id = ?", [row_id], 1)
             if threads and await self._matches(threads[0], positions[row_id]):
-                found.append(thread_of(threads[0]))
-            if len(found) == self._limit:
+                results.append(thread_of(threads[0]))
+            if len(results) == self._limit:
                 break
-        return found
+        return results
 
     async def _order(self, row_ids: Sequence[int]) -> list[tuple[int, str, int]]:
         """Return activity, id and row of the user's threads among these, newest first."""
-        found: list[tuple[int, str, int]] = []
+        entries: list[tuple[int, str, int]] = []
         for start in range(0, len(row_ids), 500):
             chunk = row_ids[start : start + 500]
             rows = await self._database.fetch(
@@ -167,17 +167,17 @@ class Search:
                 *chunk,
                 self._user,
             )
-            found += [(row["updated_at"], row["id"], row["row_id"]) for row in rows]
+            entries += [(row["updated_at"], row["id"], row["row_id"]) for row in rows]
         if self._after is not None:
-            found = [each for each in found if each[:2] < self._after]
-        return sorted(found, reverse=True)
+            entries = [each for each in entries if each[:2] < self._after]
+        return sorted(entries, reverse=True)
 
     async def _walk(self) -> list[Thread]:
         """Read the user's texts, newest activity first, until enough threads are found.
 
         What has too many candidates is common, so that it is found soon.
         """
-        found: list[Thread] = []
+        matches: list[Thread] = []
         after = self._after
         while True:
             where, values = "user_id = ?", list[Any]([self._user])
@@ -186,11 +186,11 @@ class Search:
             rows = await self._rows(where, values, CHUNK)
             for row in rows:
                 if await self._matches(row, None):
-                    found.append(thread_of(row))
-                    if len(found) == self._limit:
-                        return found
+                    matches.append(thread_of(row))
+                    if len(matches) == self._limit:
+                        return matches
             if len(rows) < CHUNK:
-                return found
+                return matches
             after = (rows[-1]["updated_at"], rows[-1]["id"])
 
     async def _rows(self, where: str, values: Sequence[Any], limit: int) -> list[Row]:

@@ -33,8 +33,8 @@ _thread = threading.local()
 
 def current() -> SQLite:
     """Return the connection whose thread this is."""
-    found: SQLite = _thread.connection
-    return found
+    connection: SQLite = _thread.connection
+    return connection
 
 
 class SQLite:

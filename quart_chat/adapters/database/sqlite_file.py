@@ -1,4 +1,4 @@
-"""The file of an SQLite database: whether it can be used, and whether it is still there."""
+"""File of an SQLite database: probe, identity and locks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _sentence(path: str, error: sqlite3.DatabaseError) -> str:
 
 
 class FileIdentity:
-    """Notices that the file at a path is not the one that was opened."""
+    """Identity of an opened file, compared with the file at its path."""
 
     def __init__(self, path: str) -> None:
         self._path = path

@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 
 class DatabaseStorage:
-    """Keeps the conversations of all users; every statement names the user."""
+    """Storage of the conversations of all users; every statement names the user."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -47,7 +47,7 @@ class DatabaseStorage:
     async def _after_deletion(
         self, user: str, thread_id: str, work: Callable[[], Awaitable[R]]
     ) -> R:
-        """Do the work; if a thread of this id is being deleted, when it is gone."""
+        """Do the work; if a thread of this id is being deleted, wait for the deletion."""
         while True:
             try:
                 return await work()
@@ -197,7 +197,7 @@ class DatabaseStorage:
         return stored
 
     async def _touch(self, user: str, thread_id: str, moment: int, create: bool) -> dict[str, Any]:
-        """Lock the thread's row until the transaction ends, making it where that is allowed."""
+        """Lock the thread's row until the transaction ends, creating it if that is allowed."""
         returning = (
             "RETURNING row_id, message_count, newest_id, newest_branch, newest_lineage, preview"
         )
@@ -230,7 +230,7 @@ class DatabaseStorage:
         newest: BranchPosition,
         position: int,
     ) -> tuple[int, str]:
-        """The branch and lineage of a message that continues from its parent."""
+        """Return the branch and lineage of a message that continues from its parent."""
         if parent_id is None:
             return position, "[]"
         if parent_id == newest_id:

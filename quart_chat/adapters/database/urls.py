@@ -1,4 +1,4 @@
-"""A database URL as Tortoise and asyncpg take it."""
+"""Configuration of Tortoise and asyncpg from a database URL."""
 
 from __future__ import annotations
 

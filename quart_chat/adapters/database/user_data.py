@@ -1,4 +1,4 @@
-"""All that is kept of a user: to hand out, to erase, to let expire."""
+"""User data in the database: export, erasure and expiry."""
 
 from __future__ import annotations
 

@@ -65,9 +65,9 @@ class MemoryStorage:
         wanted = pieces(query or "")
         if query and not wanted:
             return []
-        found = [kept.thread for kept in self._threads(user) if _matches(wanted, kept)]
-        found.sort(key=lambda thread: (thread.updated_at, thread.id), reverse=True)
-        return [t for t in found if after is None or (t.updated_at, t.id) < after][:limit]
+        threads = [kept.thread for kept in self._threads(user) if _matches(wanted, kept)]
+        threads.sort(key=lambda thread: (thread.updated_at, thread.id), reverse=True)
+        return [t for t in threads if after is None or (t.updated_at, t.id) < after][:limit]
 
     async def thread(self, user: str, thread_id: str) -> Thread:
         return self._get(user, thread_id).thread
@@ -119,13 +119,15 @@ class MemoryStorage:
         kept = self._get(user, thread_id)
         if window.leaf is not None and window.leaf not in kept.messages:
             raise NotFound("There is no such message in this thread.")
-        found = [*kept.messages.values()] if window.branch == "all" else _path(kept, window.leaf)
+        messages = [*kept.messages.values()] if window.branch == "all" else _path(kept, window.leaf)
         if window.order == "desc":
-            found.reverse()
+            messages.reverse()
         if window.after is not None:
             beyond, after = window.order == "asc", window.after
-            found = [m for m in found if m.position != after and (m.position > after) == beyond]
-        return _within(found[: window.limit], window.max_chars)
+            messages = [
+                m for m in messages if m.position != after and (m.position > after) == beyond
+            ]
+        return _within(messages[: window.limit], window.max_chars)
 
     async def set_feedback(
         self, user: str, thread_id: str, message_id: str, feedback: Mapping[str, Any] | None
@@ -160,12 +162,12 @@ class MemoryStorage:
         return len(old)
 
     def _threads(self, user: str) -> list[_Kept]:
-        found = self._users.get(user)
-        return [] if found is None else [*found.threads.values()]
+        conversations = self._users.get(user)
+        return [] if conversations is None else [*conversations.threads.values()]
 
     def _find(self, user: str, thread_id: str) -> _Kept | None:
-        found = self._users.get(user)
-        return None if found is None else found.threads.get(thread_id)
+        conversations = self._users.get(user)
+        return None if conversations is None else conversations.threads.get(thread_id)
 
     def _get(self, user: str, thread_id: str) -> _Kept:
         if (kept := self._find(user, thread_id)) is None:

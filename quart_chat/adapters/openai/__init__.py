@@ -1,1 +1,1 @@
-"""Any OpenAI-compatible endpoint: the SDK asks, the stream is read here."""
+"""OpenAI-compatible endpoints: the SDK makes the request, this package reads the stream."""

@@ -136,11 +136,11 @@ class ChunkReader:
         if "\\" not in text:
             return text
 
-        def mend(found: re.Match[str]) -> str:
-            escape = found[0]
+        def mend(match: re.Match[str]) -> str:
+            escape = match[0]
             if escape == "\\u0000":
                 return ""
-            if found.end() == len(text) and escape in ("\\", "\\u", "\\u0", "\\u00", "\\u000"):
+            if match.end() == len(text) and escape in ("\\", "\\u", "\\u0", "\\u00", "\\u000"):
                 self._escapes[index] = escape
                 return ""
             return escape

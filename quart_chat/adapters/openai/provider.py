@@ -123,12 +123,14 @@ class OpenAIProvider:
         if not (is_stream or chunks.started):
             raise bad_response()
         if not chunks.finished:
-            raise ProviderError("The provider broke off in the middle of its answer.")
+            raise ProviderError(
+                "The provider ended the connection in the middle of its answer. Try again."
+            )
 
     async def _send(
         self, stack: AsyncExitStack, client: Any, body: Mapping[str, Any]
     ) -> tuple[Any, bool]:
-        """Return the response's reader, and whether the response says that it is a stream."""
+        """Return the response's reader, and whether its content type is a stream's."""
         from .transport import reader_of
 
         response = await with_retries(
@@ -150,9 +152,9 @@ class OpenAIProvider:
             body: Mapping[str, Any] = error.body if isinstance(error.body, dict) else {}
             inner = body.get("error")
             body = inner if isinstance(inner, dict) else body
-            found = failure(error.status_code, body, retry_after(error.response.headers))
-            logger.warning("%s answered %s: %s", self._name, error.status_code, found.code)
-            return found
+            refusal = failure(error.status_code, body, retry_after(error.response.headers))
+            logger.warning("%s answered %s: %s", self._name, error.status_code, refusal.code)
+            return refusal
         if isinstance(error, aiohttp.ClientResponseError):
             return bad_response()
         if isinstance(error, openai.APITimeoutError | TimeoutError):

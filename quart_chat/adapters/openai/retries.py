@@ -1,7 +1,7 @@
 """Retries of a request before its first byte, within the time that a run waits for a provider.
 
-The SDK would wait for up to a minute where a provider asks for that, twice. The run's idle timeout
-fires meanwhile, and nobody learns of the rate limit.
+The SDK would wait twice for up to a minute if a provider asks for that. The run's idle timeout
+would end the run first and hide the rate limit.
 """
 
 from __future__ import annotations

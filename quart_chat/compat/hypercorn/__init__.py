@@ -5,7 +5,7 @@ Checked against Hypercorn 0.18, wsproto 1.2 to 1.3 and h11 0.14 to 0.16.
 Hook: ``hypercorn.asyncio.run.TCPServer``, the class that serves a TCP connection, is replaced by a
 subclass. It replaces the connection's ``H11Protocol``, which replaces ``HTTPStream`` and
 ``WSStream``. Hypercorn has no settings for what they change: see ``tcp``, ``http`` and
-``websocket``. Where Hypercorn is not as expected, nothing is replaced and it serves as it is.
+``websocket``. If Hypercorn is not as expected, nothing is replaced.
 
 A host that runs an application of its own under plain Hypercorn calls ``bound_connections()`` once,
 in the module of the application.
@@ -89,7 +89,7 @@ def h11_problem() -> str | None:
 
 
 def bound_connections() -> bool:
-    """Serve this process's Hypercorn connections with bounds, and say whether that was possible."""
+    """Bound this process's Hypercorn connections; return whether that was possible."""
     problem = hypercorn_problem() or wsproto_problem() or h11_problem()
     if problem is not None:
         warn_once(problem, PLAIN)

@@ -1,7 +1,7 @@
 """HTTP/1.1 and nothing else, with a time for a request's head and one for its body.
 
-Hypercorn also speaks HTTP/2 to whoever asks for it in clear text (``h2c``, ``PRI``), hands targets
-to the application that are no paths, and lets a head or a body take any time.
+Hypercorn also accepts HTTP/2 in clear text (``h2c``, ``PRI``), hands targets to the application
+that are no paths, and lets a head or a body take any time.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class BoundedHTTP(EndsWithApp, HTTPStream):
 
 
 class Ended(Exception):
-    """What still arrives is not read."""
+    """Signal that the connection has ended and reads nothing more."""
 
 
 class Readable:
-    """An event that says when reading may go on; it ends with the connection."""
+    """Event that allows reading to continue; it ends with the connection."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -207,7 +207,7 @@ class BoundedH11(H11Protocol):
 
 
 def asks_for_websocket(request: h11.Request) -> bool:
-    """Whether a request asks to go on as a WebSocket (RFC 6455, section 4.2.1)."""
+    """Return whether a request asks for a WebSocket (RFC 6455, section 4.2.1)."""
     headers: dict[bytes, bytes] = {}
     for name, value in request.headers:
         headers[name] = headers[name] + b"," + value if name in headers else value

@@ -216,7 +216,7 @@ class BoundedWebSocket(EndsWithApp, WSStream):
 
 
 def _costs_more_than_it_carries(event: WebSocketEvent) -> bool:
-    """Whether a frame is a control frame or a tiny fragment."""
+    """Return whether a frame is a control frame or a tiny fragment."""
     if isinstance(event, Message):
         return event.frame_finished and not event.message_finished and len(event.data) < TINY
     return True
