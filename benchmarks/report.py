@@ -54,7 +54,7 @@ NOTES = """\
   the first message until 0.4 s after the last answer, so storing and the durable log are in it.
 * All servers run at the same time; only one has work at a moment. Steps are interleaved, and every
   number is the median over the repetitions. Everything has been warmed up before, but in (f).
-* quart_chat stores every message and every event of every run, with SQLite in WAL mode.
+* quart_chat stores every message and every event of every run (SQLite rows: WAL mode).
   FastAPI stores both messages of a turn (SQLAlchemy, SQLite, WAL); it has no event log and so
   nothing to resume from. The relay stores nothing, checks nothing, and handles no error.
 

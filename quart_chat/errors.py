@@ -218,7 +218,7 @@ class NotFound(RequestError):
 class NothingToResume(RequestError):
     code = "nothing_to_resume"
     status = 404
-    default_message = "There is nothing to resume. Send a new message."
+    default_message = "There is nothing to resume. Read the answer in the thread's messages."
 
 
 class ThreadBusy(RequestError):
