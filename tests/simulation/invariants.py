@@ -82,7 +82,8 @@ async def _check_messages(world: World, logs: dict[str, list[Numbered]]) -> None
         if world.calm:  # nothing failed: what is stored is answered, also if its client has gone
             sent |= {message.id for message in messages if message.role == "user"}
         assert sent <= set(ids), f"acknowledged messages are lost: {sent - set(ids)}"
-        dropped = {m for u, t, m in world.dropped - world.acknowledged if (u, t) == (user, thread)}
+        once = {key for key, count in world.sent.items() if count == 1}
+        dropped = {m for u, t, m in world.dropped & once if (u, t) == (user, thread)}
         assert not dropped & set(ids), f"dropped from the queue and answered: {dropped & set(ids)}"
         answers = _answers(logs, sent)
         for message_id, run_ids in answers.items():

@@ -53,6 +53,7 @@ class World:
     paid: Counter[tuple[str, str]] = field(default_factory=Counter)
     observations: list[Observation] = field(default_factory=list)
     acknowledged: set[tuple[str, str, str]] = field(default_factory=set)
+    sent: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     dropped: set[tuple[str, str, str]] = field(default_factory=set)
     deleted: set[tuple[str, str]] = field(default_factory=set)
     regenerated: set[tuple[str, str]] = field(default_factory=set)
@@ -240,6 +241,7 @@ async def _send(world: World, user: str, thread: str, message_id: str) -> None:
     if draw("tools", 2):
         body |= {"tools": ["look", "pay"], "client_tools": [CLIENT_TOOL]}
     body["tools"] = body.get("tools")
+    world.sent[user, thread, message_id] += 1
     command: Any = parse(body)
     sent = await process.call(process.conversation.send(user, command), _patience())
     if isinstance(sent, Subscription):

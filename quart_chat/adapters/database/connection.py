@@ -150,8 +150,11 @@ class Database:
         self._kept.enter()
         self._open = True
         try:
-            await self._in_tortoise(self._start(migrate))
-            if self._sqlite is not None:
+            if self._sqlite is None:
+                await self._in_tortoise(self._start(migrate))
+                return
+            async with locked_folder(self._credentials["file_path"]):
+                await self._in_tortoise(self._start(migrate))
                 await self._in_tortoise(self._kept.tortoise.close_connections())
                 await self._open_sqlite(self._sqlite)
         except Exception as error:
@@ -192,8 +195,7 @@ class Database:
 
     async def _migrate(self) -> None:
         if self._sqlite is not None:
-            async with locked_folder(self._credentials["file_path"]):
-                await self._apply()
+            await self._apply()
             return
         async with in_transaction(CONNECTION):
             await self.fetch("SELECT pg_advisory_xact_lock(?)", MIGRATION_LOCK)

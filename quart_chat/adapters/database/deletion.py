@@ -106,10 +106,12 @@ async def _step(database: Database, marked: Marked) -> bool:
 
 async def delete_runs(database: Database, user: str, thread_id: str | None) -> bool:
     """Delete some runs of a thread, or of a user, with their events; whether more may be left."""
+    # Locked first: a process that writes a run's events holds its row.
+    locked = "" if database.is_sqlite else " FOR UPDATE"
     runs = await database.fetch(
         "SELECT id FROM chat_runs WHERE user_id = ?"
         + ("" if thread_id is None else " AND thread_id = ?")
-        + " LIMIT ?",
+        + f" LIMIT ?{locked}",
         user,
         *(() if thread_id is None else (thread_id,)),
         STEP_RUNS,

@@ -260,6 +260,8 @@ class EventStore:
         if thread_id is not None:
             where, values = f"{where} AND thread_id = ?", [user, thread_id]
         async with self._database.transaction():
+            if not self._database.is_sqlite:  # a process that writes events holds the run's row
+                await self._database.fetch(f"SELECT id FROM chat_runs {where} FOR UPDATE", *values)
             await self._database.execute(
                 f"DELETE FROM chat_events WHERE run_id IN (SELECT id FROM chat_runs {where})",
                 *values,
