@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -28,25 +29,24 @@ class Deadline:
     """
 
     def __init__(self) -> None:
-        self._at: float | None = None
-        self._code = 1
+        # One step each, because a handler may be interrupted by another between any two.
+        self._ends: list[tuple[float, int]] = []
+        self._calls = itertools.count()
 
     def end_within(self, seconds: float, code: int = 1) -> None:
         """End the process after so long, or earlier if that was asked for before."""
-        at = time.monotonic() + seconds
-        first = self._at is None
-        if self._at is None or at < self._at:
-            self._at, self._code = at, code
-        if first:
+        self._ends.append((time.monotonic() + seconds, code))
+        if next(self._calls) == 0:
             _thread.start_new_thread(self._watch, ())
 
     def _watch(self) -> None:
-        while self._at is not None and time.monotonic() < self._at:
+        while time.monotonic() < min(self._ends)[0]:
             time.sleep(TICK_SECONDS)
-        if self._code:
+        code = min(self._ends)[1]
+        if code:
             _thread.start_new_thread(_log_end, ())
             time.sleep(LOG_SECONDS)
-        os._exit(self._code)
+        os._exit(code)
 
 
 def _log_end() -> None:
@@ -54,7 +54,12 @@ def _log_end() -> None:
 
 
 class EndSignals:
-    """SIGINT, SIGTERM and SIGHUP: the first asks for an end, the second for an end at once."""
+    """SIGINT, SIGTERM and SIGHUP: the first asks for an end, the second for an end at once.
+
+    Python runs signal handlers in the main thread, when it gets to it: not while a tool blocks it,
+    and not if the kernel gave the signal to another thread. The wake-up descriptor is written at
+    once, by the C handler; a thread reads it.
+    """
 
     def __init__(self, deadline: Deadline, first_seconds: float, second_seconds: float) -> None:
         self._deadline = deadline
@@ -67,19 +72,30 @@ class EndSignals:
         """Handle signals from now on; the function is called in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._on_first = on_first
+        self._numbers: set[int] = set()
         for name in NAMES:
             number = getattr(signal, name, None)
             if number is None or (
                 name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN  # nohup
             ):
                 continue
-            # Not the loop's own handlers: those wait for a loop that a tool may block.
-            signal.signal(number, self._handle)
+            signal.signal(number, _ignore)
+            self._numbers.add(int(number))
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        _thread.start_new_thread(self._read, (reading,))
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _read(self, descriptor: int) -> None:
+        while numbers := os.read(descriptor, 64):
+            for number in numbers:
+                if number in self._numbers:
+                    self._handle()
+
+    def _handle(self) -> None:
+        if self._count < len(self._seconds):
+            self._deadline.end_within(self._seconds[self._count])
         self._count += 1
-        if self._count <= len(self._seconds):
-            self._deadline.end_within(self._seconds[self._count - 1])
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._handled, self._count)
 
@@ -89,3 +105,7 @@ class EndSignals:
             self._on_first()
         if count > 1:
             self.second.set()
+
+
+def _ignore(number: int, frame: Any) -> None:
+    """Let the C handler write to the wake-up descriptor, and do nothing more."""
