@@ -204,6 +204,11 @@ class SupabaseAuthenticator:
             self._pause = FIRST_PAUSE if has_new else min(self._pause * 2, LONGEST_PAUSE)
             self._fetching = None
 
+    def _verified(self, digest: bytes, task: asyncio.Task[User | None]) -> None:
+        self._verifying.pop(digest, None)
+        if not task.cancelled():
+            task.exception()  # whoever waited may have gone
+
     async def _by_server(self, token: str, claims: Mapping[str, Any]) -> User:
         digest = hashlib.sha256(token.encode()).digest()
         answer = self._answers.get(digest)
@@ -214,7 +219,7 @@ class SupabaseAuthenticator:
                     raise NotAuthenticated(BUSY)
                 task = asyncio.create_task(self._ask_about(digest, token, claims))
                 self._verifying[digest] = task
-                task.add_done_callback(lambda _: self._verifying.pop(digest, None))
+                task.add_done_callback(lambda task: self._verified(digest, task))
             user = await asyncio.shield(task)
         else:
             user = answer.user

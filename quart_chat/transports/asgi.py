@@ -24,7 +24,7 @@ from ..compat.quart import (
 from ..core.commands import is_id
 from .codec import Frame
 
-WAITING_FRAMES = 16
+WAITING_FRAMES = 2
 """Frames of one socket that were received and not yet handled; then the client has to wait."""
 
 SLASH = "\x1f"

@@ -50,6 +50,8 @@ class ChatState:
     user_data: UserData
     closers: set[Callable[[], None]] = field(default_factory=set)
     deliveries: dict[asyncio.Future[None], str] = field(default_factory=dict)
+    large_pages: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a large page of messages is made: one at a time."""
     _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
     _checked: tuple[float, ChatError | None] = (float("-inf"), None)
 

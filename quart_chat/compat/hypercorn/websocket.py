@@ -78,7 +78,7 @@ class BoundedWebSocket(EndsWithApp, WSStream):
         if self.closed:
             return
         if isinstance(event, Request):
-            headers = [each for each in event.headers if each[0].lower() != EXTENSIONS]
+            headers = [each for each in event.headers if _is_understood(*each)]
             await super().handle(replace(event, headers=headers))
             if self.closed:  # the handshake was refused; Hypercorn leaves the connection open
                 await self.send(StreamClosed(self.stream_id))
@@ -220,3 +220,9 @@ def _costs_more_than_it_carries(event: WebSocketEvent) -> bool:
     if isinstance(event, Message):
         return event.frame_finished and not event.message_finished and len(event.data) < TINY
     return True
+
+
+def _is_understood(name: bytes, value: bytes) -> bool:
+    """Return whether the handshake may see a header; wsproto decodes its own as ASCII."""
+    name = name.lower()
+    return name != EXTENSIONS and (value.isascii() or not name.startswith(b"sec-websocket-"))
