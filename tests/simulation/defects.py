@@ -86,8 +86,8 @@ DEFECTS: dict[str, tuple[str, list[Edit]]] = {
         [
             (
                 "adapters/database/event_store.py",
-                "                self._owner,\n                moment,\n                last,\n",
-                '                self._owner,\n                moment,\n                row["last_seq"],\n',
+                "                self._owner,\n                *moment,\n                last,\n",
+                '                self._owner,\n                *moment,\n                row["last_seq"],\n',
             )
         ],
     ),

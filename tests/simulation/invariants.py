@@ -16,6 +16,7 @@ Numbered = tuple[int, Event]
 
 async def check(world: World) -> None:
     """Raise AssertionError, in words, for the first thing that is wrong."""
+    assert not world.violations, world.violations
     logs = _logs(world)
     for seconds, took in world.drains:
         assert took <= seconds + DRAIN_SLACK, f"a drain of {seconds} s took {took} s"

@@ -35,11 +35,16 @@ class Disconnected(Exception):
     """The process is gone."""
 
 
-class OneRunPerThread(dict[tuple[str, str], Run]):
-    """Fails where a second run begins in a thread."""
+class OneAtATime(dict[Any, Run]):
+    """Notes where a second run begins in a thread, or with the same id."""
 
-    def __setitem__(self, key: tuple[str, str], run: Run) -> None:
-        assert key not in self, f"two runs at once: {key}"
+    def __init__(self, violations: list[str]) -> None:
+        super().__init__()
+        self._violations = violations
+
+    def __setitem__(self, key: Any, run: Run) -> None:
+        if key in self:
+            self._violations.append(f"two runs at once: {key}")
         super().__setitem__(key, run)
 
 
@@ -53,6 +58,7 @@ class Process:
         tools: ToolRegistry,
         memory: MemoryStorage,
         numbers: Iterator[int],
+        violations: list[str],
     ) -> None:
         self.alive = False
         self._database = SimulatedDatabase(disk) if disk is not None else None
@@ -68,8 +74,8 @@ class Process:
         self.log: Any = log
         self.parts = Parts(storage, self.log, ModelRegistry([provider]), tools, policy)
         self.runs = Runs(self.parts)
-        self.runs._threads = OneRunPerThread()
-        self.runs._runs = OneRunPerThread()  # type: ignore[assignment]
+        self.runs._threads = OneAtATime(violations)
+        self.runs._runs = OneAtATime(violations)
         self.conversation = Conversation(self.parts, self.runs)
         self._housekeeping = Housekeeping(
             self.log,

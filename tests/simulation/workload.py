@@ -60,6 +60,7 @@ class World:
     drains: list[tuple[float, float]] = field(default_factory=list)
     crashed: bool = False
     calm: bool = True
+    violations: list[str] = field(default_factory=list)
     acting: asyncio.Event = field(default_factory=asyncio.Event)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     process: Process = field(init=False)
@@ -67,7 +68,7 @@ class World:
     def new_process(self) -> Process:
         """Return a process that has not started."""
         tools = simulated_tools(self.paid, self.acting)
-        return Process(self.disk, self.policy, tools, self.memory, self.numbers)
+        return Process(self.disk, self.policy, tools, self.memory, self.numbers, self.violations)
 
 
 async def main() -> None:
