@@ -71,7 +71,7 @@ DEFECTS: dict[str, tuple[str, list[Edit]]] = {
         ],
     ),
     "L6": (
-        "a cancellation that nobody asked for ends the task without an end",
+        "a cancellation that nobody asked for ends the task, and nothing writes `end`",
         [
             NO_GUARANTEE,
             (

@@ -40,7 +40,7 @@ def _logs(world: World) -> dict[str, list[Numbered]]:
         )
         found[run_id] = [each for (data,) in rows for each in decode(data, 0)]
     open_runs = world.disk.rows("SELECT id FROM chat_runs WHERE ended_at IS NULL")
-    assert not open_runs, f"runs are open for ever: {open_runs}"
+    assert not open_runs, f"runs are open forever: {open_runs}"
     return found
 
 
