@@ -150,6 +150,10 @@ class Process:
     def _owns(self, task: asyncio.Task[Any]) -> bool:
         return not task.done() and task.get_context().get(HERE) is self
 
+    def has_unwritten_events(self) -> bool:
+        """Return whether the log could not write all before it closed."""
+        return self._database is not None and any(log.dirty for log in self.log._live.values())
+
     def left_behind(self) -> list[str]:
         """Return what should be gone once nothing runs."""
         runs = self.runs

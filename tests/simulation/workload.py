@@ -139,6 +139,8 @@ async def _chaos(world: World) -> None:
                 if overlap:
                     await _replace(world)
                 world.drains.append((seconds, await old.shut_down(seconds)))
+                # Without the database nobody can keep what was said last, as after a crash.
+                world.crashed |= old.has_unwritten_events()
                 await asyncio.sleep(1)  # for what came during the drain and is refused
                 assert not old.left_behind(), f"after a drain: {old.left_behind()}"
                 if not overlap:

@@ -21,6 +21,9 @@ logger = logging.getLogger("quart_chat.event_log")
 FLUSH_SECONDS = 0.2
 """What a killed process can lose at most; the protocol allows 0.25."""
 
+LAST_ATTEMPTS = 3
+"""How often a log that closes tries to write what is left."""
+
 KEPT_BYTES = 512 * 1024
 """What stays in memory of a run, once it is written."""
 
@@ -146,7 +149,9 @@ class DatabaseEventLog:
             live.tail.close()
 
     async def _keep_writing(self) -> None:
-        while not self._closing or (self._dirty and not self._failures):
+        attempts = 0
+        while not self._closing or (self._dirty and attempts < LAST_ATTEMPTS):
+            attempts += self._closing
             await _wait(self._work, HEARTBEAT_SECONDS if self._live else None)
             if self._dirty:
                 await _wait(self._hurry, self._pause())
@@ -178,6 +183,8 @@ class DatabaseEventLog:
         _settle(waiting, error)
 
     def _pause(self) -> float:
+        if self._closing:
+            return FLUSH_SECONDS
         return min(FLUSH_SECONDS * 2.0 ** min(self._failures, 10), HEARTBEAT_SECONDS)
 
     async def _write(self) -> None:
