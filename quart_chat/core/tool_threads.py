@@ -69,7 +69,7 @@ class ToolThreads:
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
                 self._leave_place()
-            else:
+            elif place in self._waiting:
                 self._waiting.remove(place)
             raise
 

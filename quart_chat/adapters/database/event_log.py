@@ -190,11 +190,10 @@ class DatabaseEventLog:
     async def _write(self) -> None:
         """Write what all runs have said since the last time."""
         taken, self._dirty = self._dirty, []
-        ends = {live.record.id for live in taken if live.tail.ended and not live.unsettled}
-        batches = [self._batch(live, live.record.id in ends) for live in taken]
         for live in taken:
             live.dirty = False
         try:
+            batches = [self._batch(live, live.tail.ended and not live.unsettled) for live in taken]
             if batches or (self._live and self._store.heartbeat_is_due):
                 await self._store.write(batches)
         except BaseException:
